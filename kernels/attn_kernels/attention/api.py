@@ -1,0 +1,110 @@
+"""The entry to engine 1: one contract, several implementations."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from attn_kernels.attention import definition, streaming
+from attn_kernels.attention.mask import Mask
+from attn_kernels.attention.normalizer import Normalizer, softmax
+from attn_kernels.attention.score_mod import ScoreMod
+from attn_kernels.attention.tile import Tile
+
+IMPLEMENTATIONS = {"definition": definition.attend, "xla": streaming.attend}
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask | None = None,
+    score_mod: ScoreMod | None = None,
+    normalizer: Normalizer = softmax,
+    scale: float | jax.Array | None = None,
+    return_stats: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Programmable attention: `out[t] = sum_j w(s[t, j]) v[j]`, `s = score_mod(scale q k^T)`.
+
+    The weights w come from `normalizer` over the keys that `mask` allows. Query head h reads key
+    head `h // (H / K)`. Scores, statistics and sums are in float32, or float64 if q, k or v are. A
+    row without allowed keys gives 0, and no gradient.
+
+    Args:
+      q: queries `[B, T, H, D]`.
+      k: keys `[B, S, K, D]`; K divides H.
+      v: values `[B, S, Kv, Dv]`; Kv divides H.
+      mask: the pattern; None allows every pair.
+      score_mod: applied to the scaled scores before the mask.
+      normalizer: `softmax`, `softmax_with_sink(...)`, `sigmoid`, `relu` or another `Normalizer`.
+      scale: a number, by default `1 / sqrt(D)`.
+      return_stats: whether to return the statistics of the rows as well.
+      implementation: "definition" (materialises the weights, O(T S) memory), "xla" (streams over
+        tiles, O(T + S) memory, differentiable any number of times in both modes), or None for the
+        fastest that supports the call.
+
+    Returns:
+      `[B, T, H, Dv]` in the dtype of `v`; with `return_stats` also `[B, T, H]` in float32 or
+      better, differentiable: for softmax the logarithm of the denominator (-inf without keys).
+
+    Raises:
+      ValueError: if shapes do not fit, an implementation is unknown, or statistics are asked of a
+        normaliser that has none.
+    """
+    tile = tile_of(q, k, v, mask, score_mod, normalizer, scale)
+    if return_stats and normalizer.initial() is None:
+        raise ValueError(f"return_stats: {normalizer} has no statistics; drop it or use softmax")
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation {implementation!r} is unknown; choose one of {known} or None")
+    out, stats = IMPLEMENTATIONS[implementation or "xla"](tile)
+    out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
+    return (out, jnp.swapaxes(stats, 1, 2)[..., 0]) if return_stats else out
+
+
+def attention_weights(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    mask: Mask | None = None,
+    score_mod: ScoreMod | None = None,
+    normalizer: Normalizer = softmax,
+    scale: float | jax.Array | None = None,
+) -> jax.Array:
+    """The weights `w(s[t, j])` of `attention`, materialised: `[B, H, T, S]` in float32 or better."""
+    return definition.weights(tile_of(q, k, k, mask, score_mod, normalizer, scale))[0]
+
+
+def tile_of(q, k, v, mask, score_mod, normalizer, scale) -> Tile:
+    """The checked arguments of attention, heads first."""
+    for name, x in ("q", q), ("k", k), ("v", v):
+        if jnp.ndim(x) != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floating [batch, length, heads, dim], "
+                f"got {jnp.result_type(x)}{list(jnp.shape(x))}"
+            )
+    batch, q_len, heads, dim = q.shape
+    k_len = k.shape[1]
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(f"k {k.shape} must have the batch and dim of q {q.shape}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v {v.shape} must have the batch and length of k {k.shape}")
+    for name, x in ("k", k), ("v", v):
+        if heads % x.shape[2]:
+            raise ValueError(f"{name} has {x.shape[2]} heads, which do not divide the {heads} of q")
+    full = batch, heads, q_len, k_len
+    for name, part in ("mask", mask), ("score_mod", score_mod), ("normalizer", normalizer):
+        for x in jax.tree.leaves(part):
+            if x.ndim != 4 or any(n not in (1, m) for n, m in zip(x.shape, full)):
+                raise ValueError(
+                    f"{name} has an operand of shape {x.shape}, which does not broadcast to "
+                    f"[B, H, T, S] = {list(full)}; lay it out by `operand`"
+                )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    wide = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
+    scale = jnp.asarray(1 / math.sqrt(dim) if scale is None else scale, wide)
+    if scale.ndim:
+        raise ValueError(f"scale must be a number, got shape {scale.shape}; use a score_mod")
+    return Tile(q, k, v, scale, mask, score_mod, normalizer)

@@ -1,0 +1,238 @@
+"""Attention by tiles of queries and keys, in memory that grows with T + S, on any device.
+
+The derivative is a formula, not a trace of the loop: given the final statistics, every tile adds a
+linear term of its own, so nothing but the arguments, the output and the statistics is kept between
+the passes. JAX transposes that formula for reverse mode and differentiates it for higher orders.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attn_kernels.attention.tile import Tile, accumulation_dtype, contract, masked_scores
+
+BLOCK = 512
+
+
+def attend(tile: Tile, block_q: int = BLOCK, block_k: int = BLOCK):
+    """The output `[B, H, T, Dv]` in float32 or better, and the statistics `[B, H, T, 1]`."""
+    q_len, k_len = tile.q.shape[2], tile.k.shape[2]
+    leaves, treedef = jax.tree.flatten(tile)
+    operand_axes = [(2 if x.shape[2] > 1 else None, 3 if x.shape[3] > 1 else None) for x in leaves[4:]]
+    axes = ((2, None), (None, 2), (None, 2), (None, None), *operand_axes)
+    grid = Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes)
+    out, stats = _attend(grid, grid.cut(leaves))
+    return grid.join(out), None if stats is None else grid.join(stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How the leaves of a `Tile` are cut into blocks, and how a tile is put together again.
+
+    A leaf with a query axis gets a leading axis of query blocks, then one with a key axis a
+    leading axis of key blocks, so that nested scans hand every tile its own slices.
+    """
+
+    q_len: int
+    k_len: int
+    block_q: int
+    block_k: int
+    treedef: jax.tree_util.PyTreeDef
+    axes: tuple[tuple[int | None, int | None], ...]
+
+    @property
+    def rows(self) -> int:
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def columns(self) -> int:
+        return -(-self.k_len // self.block_k)
+
+    def cut(self, leaves):
+        return [
+            _cut(_cut(x, k_axis, self.columns, self.block_k), q_axis, self.rows, self.block_q, k_axis)
+            for x, (q_axis, k_axis) in zip(leaves, self.axes)
+        ]
+
+    def join(self, blocks):
+        """`[rows, B, H, block_q, n]` to `[B, H, T, n]`."""
+        _, batch, heads, _, n = blocks.shape
+        return jnp.moveaxis(blocks, 0, 2).reshape(batch, heads, -1, n)[:, :, : self.q_len]
+
+    def positions(self, i, j):
+        """Query and key positions of tile (i, j), and which keys exist (None: all)."""
+        q_index = i * self.block_q + jnp.arange(self.block_q) + (self.k_len - self.q_len)
+        k_index = j * self.block_k + jnp.arange(self.block_k)
+        ragged = self.k_len % self.block_k
+        return q_index, k_index, k_index < self.k_len if ragged else None
+
+    def visit(self, tile, i, j, function, carry):
+        """`function(carry)`, or `carry` if the mask's bounds say that tile (i, j) is empty."""
+        if tile.mask is None or self.rows * self.columns == 1:
+            return function(carry)
+        q_first = i * self.block_q + (self.k_len - self.q_len)
+        k_first = j * self.block_k
+        some, _ = tile.mask.tile(
+            q_first, q_first + self.block_q - 1, k_first, k_first + self.block_k - 1
+        )
+        return function(carry) if some is True else jax.lax.cond(some, function, lambda c: c, carry)
+
+    def sweep(self, leaves, axes, start, step, finish):
+        """`finish(known, carry)` for every row of the grid, stacked.
+
+        A row's carry begins as `start(known)`, where `known` are the leaves without the key axis,
+        and goes through `step(i, j, leaves, carry)` for every tile of the row.
+        """
+
+        def on(q: bool, k: bool):
+            return [
+                x if (a is not None, b is not None) == (q, k) else None
+                for x, (a, b) in zip(leaves, axes)
+            ]
+
+        shared, per_column = on(False, False), (jnp.arange(self.columns), on(False, True))
+
+        @_remat
+        def row(_, xs):
+            i, per_row, per_tile = xs
+            known = _merge(per_row, shared)
+
+            @_remat
+            def column(carry, xs):
+                (j, per_column), pair = xs
+                return step(i, j, _merge(known, per_column, pair), carry), None
+
+            carry, _ = jax.lax.scan(column, start(known), (per_column, per_tile))
+            return None, finish(known, carry)
+
+        xs = jnp.arange(self.rows), on(True, False), on(True, True)
+        return jax.lax.scan(row, None, xs)[1]
+
+
+_remat = functools.partial(jax.checkpoint, prevent_cse=False)
+ROW = (2, None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(grid: Grid, blocks):
+    """The blocks of the output and of the statistics, by a running statistic in every row."""
+    value_dim = grid.treedef.unflatten(blocks).v.shape[-1]
+
+    def start(known):
+        tile = grid.treedef.unflatten(known)
+        shape, dtype = tile.q.shape[:3], accumulation_dtype(tile.q)
+        stats = tile.normalizer.initial()
+        if stats is not None:
+            stats = jnp.broadcast_to(stats.astype(dtype), (*shape, 1))
+        return jnp.zeros((*shape, value_dim), dtype), stats
+
+    def step(i, j, leaves, carry):
+        tile = grid.treedef.unflatten(leaves)
+
+        def add(carry):
+            out, stats = carry
+            scores = masked_scores(tile, *grid.positions(i, j))
+            new = stats
+            if stats is not None:
+                new = tile.normalizer.combine(stats, tile.normalizer.partial(scores))
+                out = out * tile.normalizer.rescale(stats, new)
+            w = tile.normalizer.weight(scores, new).astype(tile.v.dtype)
+            return out + contract(w, tile.v, transpose=False), new
+
+        return grid.visit(tile, i, j, add, carry)
+
+    return grid.sweep(blocks, grid.axes, start, step, lambda _, carry: carry)
+
+
+@_attend.defjvp
+def _attend_jvp(grid: Grid, primals, tangents):
+    """The linear map of the tangents, one term a tile, given the final statistics L.
+
+    dL = sum_j (dL/ds_j) ds_j and dout = sum_j (dw_j v_j + w_j dv_j), L held, + out drescale(L).
+    """
+    (blocks,), (dots,) = primals, tangents
+    out, stats = _attend(grid, blocks)
+    moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in blocks]
+    dtype, count = out.dtype, len(blocks)
+    dots = [dot.astype(dtype) if m else None for dot, m in zip(dots, moves)]
+
+    def jvp(function, leaves):
+        """`function(tile)` and its tangent, all in the dtype of accumulation."""
+        primal, dot = leaves[:count], leaves[count : 2 * count]
+        at = [n for n, m in enumerate(moves) if m and primal[n] is not None]
+
+        def of_moving(moving):
+            full = list(primal)
+            for n, x in zip(at, moving):
+                full[n] = x
+            return function(grid.treedef.unflatten(full))
+
+        return jax.jvp(of_moving, ([primal[n].astype(dtype) for n in at],), ([dot[n] for n in at],))
+
+    def start(known):
+        final_out, final = known[-2:]
+        dstats = None
+        if final is not None:
+            (_, influence), (dfirst, _) = jvp(_initial(final), known)
+            dstats = jnp.broadcast_to(influence * dfirst, final.shape)
+        return jnp.zeros(final_out.shape, dtype), dstats
+
+    def step(i, j, leaves, carry):
+        final = leaves[-1]
+
+        def parts(tile):
+            scores = masked_scores(tile, *grid.positions(i, j))
+            return scores, tile.normalizer.weight(scores, final), tile.v
+
+        def add(carry):
+            dout, dstats = carry
+            (scores, w, v), (dscores, dw, dv) = jvp(parts, leaves)
+            if final is not None:
+                tile = grid.treedef.unflatten(leaves[:count])
+                influence = tile.normalizer.influence(scores, final)
+                dstats = dstats + (influence * dscores).sum(-1, keepdims=True)
+            terms = contract(dw, v, transpose=False) + contract(w, dv, transpose=False)
+            return dout + terms, dstats
+
+        return grid.visit(grid.treedef.unflatten(leaves[:count]), i, j, add, carry)
+
+    def finish(known, carry):
+        (final_out, final), (dout, dstats) = known[-2:], carry
+        if final is None:
+            return dout, None
+        rescale = functools.partial(grid.treedef.unflatten(known[:count]).normalizer.rescale, final)
+        return dout + final_out * jax.jvp(rescale, (final,), (dstats,))[1], dstats
+
+    axes = (*grid.axes, *grid.axes, ROW, ROW)
+    return (out, stats), grid.sweep([*blocks, *dots, out, stats], axes, start, step, finish)
+
+
+def _initial(stats):
+    """The first statistic of a row and its influence on the final one."""
+
+    def of(tile):
+        first = jnp.asarray(tile.normalizer.initial(), stats.dtype)
+        return first, tile.normalizer.influence(first, stats)
+
+    return of
+
+
+def _cut(x, axis, count, block, others=None):
+    """Splits `axis` (counted without leading block axes) into a leading axis of `count` blocks.
+
+    The last block is filled up with copies of the last entry, which stay harmless in any function.
+    """
+    if axis is None:
+        return x
+    axis += others is not None
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count * block - x.shape[axis])
+    x = jnp.pad(x, widths, mode="edge")
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _merge(*parts):
+    """Puts lists together in which every place is filled at most once."""
+    return [next((x for x in place if x is not None), None) for place in zip(*parts)]

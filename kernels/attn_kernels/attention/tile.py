@@ -1,0 +1,68 @@
+"""One tile of attention, as every implementation computes it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attn_kernels.attention.mask import Mask
+from attn_kernels.attention.normalizer import Normalizer
+from attn_kernels.attention.score_mod import ScoreMod
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("q", "k", "v", "scale", "mask", "score_mod", "normalizer"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The arguments of attention with heads first: q `[B, H, T, D]`, k `[B, K, S, D]`, v alike."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    scale: jax.Array
+    mask: Mask | None
+    score_mod: ScoreMod | None
+    normalizer: Normalizer
+
+
+def contract(heads: jax.Array, shared: jax.Array, transpose: bool) -> jax.Array:
+    """`[B, H, T, n] x [B, K, m, n]^T` or, not transposed, `[B, H, T, m] x [B, K, m, n]`.
+
+    K divides H, and query head h reads shared head h // (H / K).
+    """
+    batch, count, length, _ = heads.shape
+    grouped = heads.reshape(batch, shared.shape[1], -1, length, heads.shape[-1])
+    spec = "bkgtn,bkmn->bkgtm" if transpose else "bkgtm,bkmn->bkgtn"
+    accumulate = accumulation_dtype(heads, shared)
+    out = jnp.einsum(spec, grouped, shared, preferred_element_type=accumulate)
+    return out.reshape(batch, count, length, -1)
+
+
+def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Float32, or float64 if an array is."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
+
+
+def masked_scores(tile: Tile, q_index: jax.Array, k_index: jax.Array, exists=None) -> jax.Array:
+    """The modified scores `[B, H, T, S]` of a tile; -inf where a pair is not allowed.
+
+    Args:
+      tile: the tile's arrays.
+      q_index, k_index: positions [T] and [S] of its queries and keys.
+      exists: optional bool [S]; False for keys that only pad the tile.
+    """
+    batch, heads = tile.q.shape[:2]
+    b, h = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None, None]
+    indices = b, h, q_index[:, None], k_index
+    scores = contract(tile.q, tile.k, transpose=True) * tile.scale
+    if tile.score_mod is not None:
+        scores = tile.score_mod(scores, *indices).astype(scores.dtype)
+    if tile.mask is not None:
+        scores = jnp.where(tile.mask.allowed(*indices), scores, -jnp.inf)
+    if exists is not None:
+        scores = jnp.where(exists, scores, -jnp.inf)
+    return scores
