@@ -1,0 +1,5 @@
+"""Mechanisms as pure functions: arrays in, arrays out."""
+
+from attn_lab.ops.attention import *
+from attn_lab.ops.masks import *
+from attn_lab.ops.positions import *

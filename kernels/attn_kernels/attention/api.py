@@ -58,7 +58,7 @@ def attention(
         raise ValueError(f"return_stats: {normalizer} has no statistics; drop it or use softmax")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation {implementation!r} is unknown; choose one of {known} or None")
+        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
     out, stats = IMPLEMENTATIONS[implementation or "xla"](tile)
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
     return (out, jnp.swapaxes(stats, 1, 2)[..., 0]) if return_stats else out
@@ -73,7 +73,7 @@ def attention_weights(
     normalizer: Normalizer = softmax,
     scale: float | jax.Array | None = None,
 ) -> jax.Array:
-    """The weights `w(s[t, j])` of `attention`, materialised: `[B, H, T, S]` in float32 or better."""
+    """The weights `w(s[t, j])` of `attention`: `[B, H, T, S]` in float32 or better."""
     return definition.weights(tile_of(q, k, k, mask, score_mod, normalizer, scale))[0]
 
 
@@ -85,6 +85,8 @@ def tile_of(q, k, v, mask, score_mod, normalizer, scale) -> Tile:
                 f"{name} must be floating [batch, length, heads, dim], "
                 f"got {jnp.result_type(x)}{list(jnp.shape(x))}"
             )
+        if not x.shape[1]:
+            raise ValueError(f"{name} must have at least one position, got shape {x.shape}")
     batch, q_len, heads, dim = q.shape
     k_len = k.shape[1]
     if k.shape[0] != batch or k.shape[3] != dim:

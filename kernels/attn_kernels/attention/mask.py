@@ -80,7 +80,8 @@ class Mask:
         """
         counts = self._tile_counts(q_len, k_len, block_q, block_k)
         size = _extent(q_len, block_q)[:, None] * _extent(k_len, block_k)
-        return jnp.where(counts == 0, EMPTY, jnp.where(counts == size, FULL, PARTIAL)).astype(jnp.int32)
+        state = jnp.where(counts == 0, EMPTY, jnp.where(counts == size, FULL, PARTIAL))
+        return state.astype(jnp.int32)
 
     def tile(self, q_first, q_last, k_first, k_last):
         """`(some, every)` of the tile of these inclusive index ranges: see the class."""
@@ -94,7 +95,7 @@ class Mask:
         for x in self.operands:
             if x.shape[2] not in (1, q_len) or x.shape[3] not in (1, k_len):
                 raise ValueError(
-                    f"a mask with an operand of shape {x.shape} does not fit lengths {q_len}, {k_len}"
+                    f"the mask's operand of shape {x.shape} does not fit lengths {q_len}, {k_len}"
                 )
         operands = tuple(
             jax.lax.dynamic_slice_in_dim(x, start, rows, 2) if x.shape[2] > 1 else x
@@ -114,9 +115,7 @@ class Mask:
         q_last = np.minimum(q_first + block_q, q_len) - 1
         k_last = np.minimum(k_first + block_k, k_len) - 1
         shift = k_len - q_len
-        some, every = self.tile(
-            q_first[:, None] + shift, q_last[:, None] + shift, k_first, k_last
-        )
+        some, every = self.tile(q_first[:, None] + shift, q_last[:, None] + shift, k_first, k_last)
 
         def strip(i):
             start = jnp.minimum(i * block_q, q_len - min(block_q, q_len))

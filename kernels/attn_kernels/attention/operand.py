@@ -24,7 +24,7 @@ def operand(array: jax.Array, axes: str) -> jax.Array:
     if sorted(set(axes)) != sorted(axes) or not set(axes) <= set(AXES):
         raise ValueError(f"axes must be distinct letters of {AXES!r}, got {axes!r}")
     if array.ndim != len(axes):
-        raise ValueError(f"array has shape {array.shape}, but axes {axes!r} name {len(axes)} dimensions")
+        raise ValueError(f"array must have one dimension for each of {axes!r}, got {array.shape}")
     order = [axes.index(a) for a in AXES if a in axes]
     absent = [n for n, a in enumerate(AXES) if a not in axes]
     return jnp.expand_dims(jnp.transpose(array, order), absent)

@@ -20,8 +20,9 @@ def attend(tile: Tile, block_q: int = BLOCK, block_k: int = BLOCK):
     """The output `[B, H, T, Dv]` in float32 or better, and the statistics `[B, H, T, 1]`."""
     q_len, k_len = tile.q.shape[2], tile.k.shape[2]
     leaves, treedef = jax.tree.flatten(tile)
-    operand_axes = [(2 if x.shape[2] > 1 else None, 3 if x.shape[3] > 1 else None) for x in leaves[4:]]
-    axes = ((2, None), (None, 2), (None, 2), (None, None), *operand_axes)
+    arrays = ((2, None), (None, 2), (None, 2), (None, None))
+    operands = [tuple(n if x.shape[n] > 1 else None for n in (2, 3)) for x in leaves[len(arrays) :]]
+    axes = (*arrays, *operands)
     grid = Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes)
     out, stats = _attend(grid, grid.cut(leaves))
     return grid.join(out), None if stats is None else grid.join(stats)
@@ -52,8 +53,9 @@ class Grid:
 
     def cut(self, leaves):
         return [
-            _cut(_cut(x, k_axis, self.columns, self.block_k), q_axis, self.rows, self.block_q, k_axis)
+            _cut(_cut(x, k_axis, self.columns, self.block_k), shifted, self.rows, self.block_q)
             for x, (q_axis, k_axis) in zip(leaves, self.axes)
+            for shifted in [q_axis if q_axis is None or k_axis is None else q_axis + 1]
         ]
 
     def join(self, blocks):
@@ -219,14 +221,13 @@ def _initial(stats):
     return of
 
 
-def _cut(x, axis, count, block, others=None):
-    """Splits `axis` (counted without leading block axes) into a leading axis of `count` blocks.
+def _cut(x, axis, count, block):
+    """Splits `axis` into a leading axis of `count` blocks; None leaves `x` as it is.
 
     The last block is filled up with copies of the last entry, which stay harmless in any function.
     """
     if axis is None:
         return x
-    axis += others is not None
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, count * block - x.shape[axis])
     x = jnp.pad(x, widths, mode="edge")
