@@ -1,0 +1,133 @@
+"""Device mesh and sharding rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "seq")
+
+Rules = Sequence[tuple[str, PartitionSpec | Callable[[tuple[int, ...], Mesh], PartitionSpec]]]
+
+
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    seq: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Mesh with axes data, fsdp, tensor and seq; one size may be -1 and takes what is left.
+
+    Args:
+      data: replicas of the parameters, each with its part of the batch.
+      fsdp: parts of the parameters, each also with its part of the batch.
+      tensor: parts of the parameters that compute on the same examples.
+      seq: parts of the sequence axis.
+      devices: all devices of all processes by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor, seq]
+    asked = dict(zip(AXES, sizes))
+    if sizes.count(-1) == 1:
+        rest = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh sizes must multiply to the {len(devices)} devices (one may be -1); got {asked}"
+        )
+    return jax.make_mesh(
+        tuple(sizes),
+        AXES,
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    )
+
+
+def shard_largest(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Splits the largest axis that the mesh axis "fsdp" divides; none if there is no such axis."""
+    size = mesh.shape["fsdp"]
+    fitting = [axis for axis, length in enumerate(shape) if length % size == 0]
+    if not fitting:
+        return PartitionSpec()
+    largest = max(fitting, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * largest, "fsdp")
+
+
+REPLICATED: Rules = ()
+FSDP: Rules = ((".*", shard_largest),)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf of a pytree as `a/b/0/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def state_sharding(state: Any, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
+    """Shardings of the structure of `state`.
+
+    Each array takes the spec of the first rule whose regular expression is found in its path,
+    such as `params/layers/0/mlp/up/kernel` or `opt_state/1/0/mu/layers/0/mlp/up/kernel`, so that
+    the optimizer's copies follow their parameters. A spec may be a function of (shape, mesh).
+    Scalars, and arrays that no rule names, are replicated.
+
+    Raises:
+      ValueError: a spec that does not fit the array, naming the path.
+    """
+
+    def sharding(path, leaf):
+        name, shape = path_name(path), jax.numpy.shape(leaf)
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
+        if not shape:
+            spec = PartitionSpec()
+        elif callable(spec) and not isinstance(spec, PartitionSpec):
+            spec = spec(shape, mesh)
+        try:
+            result = NamedSharding(mesh, spec)
+            result.shard_shape(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"sharding rule {spec} does not fit {name} of shape {shape} on a mesh of sizes "
+                f"{dict(mesh.shape)}"
+            ) from error
+        return result
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_sharding(array: Any, mesh: Mesh) -> NamedSharding:
+    """Batch axis over data and fsdp, and the next axis, if there is one, over seq."""
+    return NamedSharding(mesh, PartitionSpec(*(("data", "fsdp"), "seq")[: np.ndim(array)]))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Places a batch, of which every process holds a copy, on the devices of the mesh.
+
+    Raises:
+      ValueError: an array whose axes the mesh does not divide, naming its path.
+    """
+
+    def place(path, array):
+        sharding = batch_sharding(array, mesh)
+        try:
+            sharding.shard_shape(np.shape(array))
+        except ValueError as error:
+            raise ValueError(
+                f"batch {path_name(path)} of shape {np.shape(array)} cannot be split over a mesh "
+                f"of sizes {dict(mesh.shape)}"
+            ) from error
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree_util.tree_map_with_path(place, batch)
