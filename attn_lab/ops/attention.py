@@ -195,8 +195,10 @@ def softmax_off_by_one(
     sink = sink.reshape(-1, 1, 1) if sink.ndim else sink
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    total = jnp.logaddexp(engine.softmax.partial(scores), sink)
-    return jnp.exp(scores - total)
+    sink = jnp.broadcast_to(sink.astype(scores.dtype), (*scores.shape[:-1], 1))
+    normalizer = engine.softmax
+    stats = normalizer.combine(normalizer.partial(sink), normalizer.partial(scores))
+    return normalizer.weight(scores, stats)
 
 
 def apply_gate(

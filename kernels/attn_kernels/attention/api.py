@@ -54,14 +54,17 @@ def attention(
         normaliser that has none.
     """
     tile = tile_of(q, k, v, mask, score_mod, normalizer, scale)
-    if return_stats and normalizer.initial() is None:
-        raise ValueError(f"return_stats: {normalizer} has no statistics; drop it or use softmax")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
     out, stats = IMPLEMENTATIONS[implementation or "xla"](tile)
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
-    return (out, jnp.swapaxes(stats, 1, 2)[..., 0]) if return_stats else out
+    if not return_stats:
+        return out
+    report = normalizer.report(stats)
+    if report is None:
+        raise ValueError(f"return_stats: {normalizer} has no statistics; drop it or use softmax")
+    return out, jnp.swapaxes(report, 1, 2)[..., 0]
 
 
 def attention_weights(

@@ -11,13 +11,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.attention.tile import Tile, accumulation_dtype, contract, masked_scores
+from attn_kernels.attention.tile import (
+    Tile,
+    accumulation_dtype,
+    contract,
+    empty_stats,
+    masked_scores,
+    silent_scores,
+)
 
 BLOCK = 512
 
 
 def attend(tile: Tile, block_q: int = BLOCK, block_k: int = BLOCK):
-    """The output `[B, H, T, Dv]` in float32 or better, and the statistics `[B, H, T, 1]`."""
+    """The output `[B, H, T, Dv]` in float32 or better, and the statistics of the rows."""
     q_len, k_len = tile.q.shape[2], tile.k.shape[2]
     leaves, treedef = jax.tree.flatten(tile)
     arrays = ((2, None), (None, 2), (None, 2), (None, None))
@@ -25,7 +32,7 @@ def attend(tile: Tile, block_q: int = BLOCK, block_k: int = BLOCK):
     axes = (*arrays, *operands)
     grid = Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes)
     out, stats = _attend(grid, grid.cut(leaves))
-    return grid.join(out), None if stats is None else grid.join(stats)
+    return grid.join(out), tuple(map(grid.join, stats))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,29 +126,24 @@ ROW = (2, None)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(grid: Grid, blocks):
-    """The blocks of the output and of the statistics, by a running statistic in every row."""
+    """The blocks of the output and of the statistics, by running statistics in every row."""
     value_dim = grid.treedef.unflatten(blocks).v.shape[-1]
 
     def start(known):
         tile = grid.treedef.unflatten(known)
-        shape, dtype = tile.q.shape[:3], accumulation_dtype(tile.q)
-        stats = tile.normalizer.initial()
-        if stats is not None:
-            stats = jnp.broadcast_to(stats.astype(dtype), (*shape, 1))
-        return jnp.zeros((*shape, value_dim), dtype), stats
+        out = jnp.zeros((*tile.q.shape[:3], value_dim), accumulation_dtype(tile.q))
+        return out, empty_stats(tile)
 
     def step(i, j, leaves, carry):
         tile = grid.treedef.unflatten(leaves)
 
         def add(carry):
-            out, stats = carry
+            out, old = carry
             scores = masked_scores(tile, *grid.positions(i, j))
-            new = stats
-            if stats is not None:
-                new = tile.normalizer.combine(stats, tile.normalizer.partial(scores))
-                out = out * tile.normalizer.rescale(stats, new)
-            w = tile.normalizer.weight(scores, new).astype(tile.v.dtype)
-            return out + contract(w, tile.v, transpose=False), new
+            stats = tile.normalizer.combine(old, tile.normalizer.partial(scores))
+            w = tile.normalizer.weight(scores, stats).astype(tile.v.dtype)
+            kept = out * tile.normalizer.rescale(old, stats)
+            return kept + contract(w, tile.v, transpose=False), stats
 
         return grid.visit(tile, i, j, add, carry)
 
@@ -173,52 +175,43 @@ def _attend_jvp(grid: Grid, primals, tangents):
 
         return jax.jvp(of_moving, ([primal[n].astype(dtype) for n in at],), ([dot[n] for n in at],))
 
+    def spread(scores, dscores, leaves):
+        """What changes of scores do to the final statistics."""
+        normalizer, final = grid.treedef.unflatten(leaves[:count]).normalizer, tuple(leaves[tail:])
+        slopes = normalizer.influence(scores, final)
+        return tuple(
+            jnp.zeros_like(x) if slope is None else (slope * dscores).sum(-1, keepdims=True)
+            for x, slope in zip(final, slopes)
+        )
+
     def start(known):
-        final_out, final = known[-2:]
-        dstats = None
-        if final is not None:
-            (_, influence), (dfirst, _) = jvp(_initial(final), known)
-            dstats = jnp.broadcast_to(influence * dfirst, final.shape)
-        return jnp.zeros(final_out.shape, dtype), dstats
+        silent, dsilent = jvp(silent_scores, known)
+        dstats = spread(silent, jnp.where(silent == -jnp.inf, 0, dsilent), known)
+        return jnp.zeros(known[tail - 1].shape, dtype), dstats
 
     def step(i, j, leaves, carry):
-        final = leaves[-1]
-
         def parts(tile):
             scores = masked_scores(tile, *grid.positions(i, j))
-            return scores, tile.normalizer.weight(scores, final), tile.v
+            return scores, tile.normalizer.weight(scores, tuple(leaves[tail:])), tile.v
 
         def add(carry):
             dout, dstats = carry
             (scores, w, v), (dscores, dw, dv) = jvp(parts, leaves)
-            if final is not None:
-                tile = grid.treedef.unflatten(leaves[:count])
-                influence = tile.normalizer.influence(scores, final)
-                dstats = dstats + (influence * dscores).sum(-1, keepdims=True)
             terms = contract(dw, v, transpose=False) + contract(w, dv, transpose=False)
-            return dout + terms, dstats
+            return dout + terms, jax.tree.map(jnp.add, dstats, spread(scores, dscores, leaves))
 
         return grid.visit(grid.treedef.unflatten(leaves[:count]), i, j, add, carry)
 
     def finish(known, carry):
-        (final_out, final), (dout, dstats) = known[-2:], carry
-        if final is None:
-            return dout, None
-        rescale = functools.partial(grid.treedef.unflatten(known[:count]).normalizer.rescale, final)
-        return dout + final_out * jax.jvp(rescale, (final,), (dstats,))[1], dstats
+        (dout, dstats), final = carry, tuple(known[tail:])
+        normalizer = grid.treedef.unflatten(known[:count]).normalizer
+        rescale = functools.partial(normalizer.rescale, final)
+        return dout + known[tail - 1] * jax.jvp(rescale, (final,), (dstats,))[1], dstats
 
-    axes = (*grid.axes, *grid.axes, ROW, ROW)
-    return (out, stats), grid.sweep([*blocks, *dots, out, stats], axes, start, step, finish)
-
-
-def _initial(stats):
-    """The first statistic of a row and its influence on the final one."""
-
-    def of(tile):
-        first = jnp.asarray(tile.normalizer.initial(), stats.dtype)
-        return first, tile.normalizer.influence(first, stats)
-
-    return of
+    tail = 2 * count + 1
+    leaves = [*blocks, *dots, out, *stats]
+    axes = (*grid.axes, *grid.axes, *[ROW] * (1 + len(stats)))
+    return (out, stats), grid.sweep(leaves, axes, start, step, finish)
 
 
 def _cut(x, axis, count, block):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_kernels.attention.mask import Mask
-from attn_kernels.attention.normalizer import Normalizer
+from attn_kernels.attention.normalizer import Normalizer, Stats
 from attn_kernels.attention.score_mod import ScoreMod
 
 
@@ -66,3 +66,15 @@ def masked_scores(tile: Tile, q_index: jax.Array, k_index: jax.Array, exists=Non
     if exists is not None:
         scores = jnp.where(exists, scores, -jnp.inf)
     return scores
+
+
+def silent_scores(tile: Tile) -> jax.Array:
+    """The score `[B, H, T, 1]` of the normaliser's silent key; -inf if it has none."""
+    dtype, silent = accumulation_dtype(tile.q), tile.normalizer.silent
+    silent = jnp.asarray(-jnp.inf if silent is None else silent, dtype)
+    return jnp.broadcast_to(silent, (*tile.q.shape[:3], 1))
+
+
+def empty_stats(tile: Tile) -> Stats:
+    """The statistics of rows before any key."""
+    return tile.normalizer.partial(silent_scores(tile))
