@@ -1,6 +1,6 @@
 """Training: mesh and sharding rules, optimizer, jitted train step, loop, checkpoints, metrics."""
 
-from attn_lab.training.config import claim_workdir
+from attn_lab.training.config import claim_workdir, run_main
 from attn_lab.training.loop import Result, fit
 from attn_lab.training.losses import Sums, cross_entropy
 from attn_lab.training.metrics import plot_metrics, read_metrics
@@ -33,6 +33,7 @@ __all__ = [
     "make_train_step",
     "plot_metrics",
     "read_metrics",
+    "run_main",
     "shard_batch",
     "state_sharding",
 ]

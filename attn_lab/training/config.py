@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
+from absl import app, flags, logging
 
 
 def as_dict(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +39,8 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
     """Makes the workdir of a run, with `config.json`, or returns to it with the same config.
 
     Raises:
-      ValueError: it holds another config (the message names the keys that differ) or other
-        files; nothing on disk has changed.
+      ValueError: it holds another config; the message names the keys that differ, and nothing on
+        disk has changed.
     """
     workdir = Path(workdir)
     path = workdir / "config.json"
@@ -56,8 +60,61 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
             )
             raise ValueError(f"workdir {workdir} holds another config, which differs in: {keys}")
         return workdir
+    if jax.process_index() > 0:
+        return workdir
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("config.json.partial")
     partial.write_text(json.dumps(asked, indent=2) + "\n")
     partial.replace(path)
     return workdir
+
+
+def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir: str) -> None:
+    """The main program of an experiment: `train(config, workdir)` with both from flags.
+
+    `--config=FILE[:PRESET]` takes the config from `get_config(PRESET)` of a Python file,
+    `--config.KEY=VALUE` changes one key of it and `--workdir=DIR` says where results go. Bad input
+    ends the program with one line on stderr and status 1; `--verbosity=1` adds the traceback.
+
+    Args:
+      train: the experiment.
+      config_file: the default of `--config`.
+      workdir: the default of `--workdir`.
+    """
+    from ml_collections import config_flags
+
+    with _flag_errors():
+        config = config_flags.DEFINE_config_file(
+            "config", str(config_file), "Config file, with :PRESET if it has presets."
+        )
+    directory = flags.DEFINE_string("workdir", workdir, "Where the results go.")
+
+    def parse(argv: list[str]) -> list[str]:
+        with _flag_errors():
+            rest = flags.FLAGS(argv)
+            config.value.keys()  # raises what went wrong in reading the file
+            return rest
+
+    def main(argv: list[str]) -> None:
+        if argv[1:]:
+            raise SystemExit(f"error: unexpected argument {argv[1]!r}")
+        try:
+            train(config.value, directory.value)
+        except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError) as error:
+            logging.debug("Traceback of the error", exc_info=True)
+            raise SystemExit(f"error: {error}") from error
+
+    app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _flag_errors() -> Iterator[None]:
+    """Turns the errors of flags into one line and status 1."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        key = str(error).strip("\"'")
+        flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{key}")), key)
+        raise SystemExit(f"error: unknown config key in {flag}") from error
+    except (flags.Error, OSError) as error:
+        raise SystemExit(f"error: {str(error).strip().splitlines()[-1].strip()}") from error
