@@ -1,5 +1,7 @@
 """Mechanisms as pure functions: arrays in, arrays out."""
 
 from attn_lab.ops.attention import *
+from attn_lab.ops.convolution import *
+from attn_lab.ops.linear import *
 from attn_lab.ops.masks import *
 from attn_lab.ops.positions import *

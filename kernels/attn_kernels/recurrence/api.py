@@ -1,0 +1,175 @@
+"""The entry to engine 2: one contract, three forms."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from attn_kernels.recurrence import definition
+from attn_kernels.recurrence.chunked import chunked
+
+FORMS = ("auto", "chunk", "recurrent", "parallel")
+SHORT = 8  # below, steps cost less than the matrices of a chunk
+
+
+def linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    scale: float | jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    return_state: bool = False,
+    form: str = "auto",
+    chunk_size: int = 64,
+    sub_chunk_size: int = 16,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Causal linear attention: a matrix that decays, is written by keys and read by queries.
+
+        R_t = Diag(exp(log_decay_t)) S_{t-1}
+        S_t = R_t + k_t v_t^T                          without beta
+        S_t = R_t + beta_t k_t (v_t - R_t^T k_t)^T     with beta, the delta rule
+        o_t = scale S_t^T q_t
+
+    H is the largest head count of the arguments; each that has fewer is repeated, head h reading
+    head `h // (H / K)`. States and sums are in float32, or float64 if an argument is.
+
+    Args:
+      q, k: `[B, T, H, D]`.
+      v: `[B, T, H, Dv]`.
+      log_decay: natural logs, at most 0, `[B, T, H]`, or `[B, T, H, D]` per key channel; None is no
+        decay. -inf forgets exactly, with finite gradients.
+      beta: write strengths `[B, T, H]`, usually in (0, 1); None writes additively. The delta rule
+        wants keys of norm at most `sqrt(2 / beta)`: beyond, its state grows without bound.
+      scale: a number, by default `1 / sqrt(D)`.
+      initial_state: `[B, H, D, Dv]`, by default 0.
+      return_state: whether to return the last state as well.
+      form: "recurrent" (a scan over T, whose derivative keeps T states), "parallel" (materialises
+        `[T, T]`, with decay per channel `[T, T, D]`), "chunk" (matrix products and a scan over
+        chunks, whose derivative keeps one state a chunk) or "auto" (recurrent for short T, else
+        chunk). All are differentiable any number of times, in both modes.
+      chunk_size: steps a chunk.
+      sub_chunk_size: with decay per channel, the steps whose `[C, C, D]` products a chunk sums
+        outright; longer ones are matrix products.
+
+    Returns:
+      `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
+      dtype of the sums.
+
+    Raises:
+      ValueError: if shapes do not fit, or a form or size is unknown.
+
+    Source: Katharopoulos et al., 2020, arXiv 2006.16236; Yang et al., 2023, arXiv 2312.06635;
+    Yang et al., 2024, arXiv 2406.06484 and 2412.06464.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    for name, size in ("chunk_size", chunk_size), ("sub_chunk_size", sub_chunk_size):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    arrays, state = _checked(q, k, v, log_decay, beta, scale, initial_state)
+    arrays = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), arrays)
+    if form == "recurrent" or (form == "auto" and q.shape[1] < SHORT):
+        out, state = definition.recurrent(*arrays, state)
+    elif form == "parallel":
+        out, state = definition.parallel(*arrays, state)
+    else:
+        out, state = chunked(*arrays, state, chunk_size, sub_chunk_size)
+    out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
+    return (out, state) if return_state else out
+
+
+def step(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    scale: float | jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of `linear_attention`, for decoding: T of them equal one call on T positions.
+
+    Args:
+      state: `[B, H, D, Dv]`.
+      q, k: `[B, H, D]`.
+      v: `[B, H, Dv]`.
+      log_decay: `[B, H]` or `[B, H, D]`.
+      beta: `[B, H]`.
+      scale: a number, by default `1 / sqrt(D)`.
+
+    Returns:
+      The output `[B, H, Dv]` in the dtype of v, and the state after the step.
+
+    Raises:
+      ValueError: if shapes do not fit.
+    """
+    one = jax.tree.map(lambda x: x[:, None], dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta))
+    arrays, state = _checked(**one, scale=scale, initial_state=state)
+    out, state = definition.update(state, *jax.tree.map(lambda x: x[:, 0], arrays))
+    return out.astype(v.dtype), state
+
+
+def match_heads(*arrays: jax.Array | None, axis: int = 2) -> list[jax.Array | None]:
+    """Repeats the heads of every array up to the largest head count; None stays None.
+
+    Raises:
+      ValueError: if a head count does not divide the largest.
+    """
+    heads = max(x.shape[axis] for x in arrays if x is not None)
+    for x in arrays:
+        if x is not None and heads % x.shape[axis]:
+            raise ValueError(
+                f"an argument of shape {x.shape} has {x.shape[axis]} heads, which do not divide "
+                f"the {heads} of another"
+            )
+    return jax.tree.map(lambda x: jnp.repeat(x, heads // x.shape[axis], axis), list(arrays))
+
+
+def _checked(q, k, v, log_decay, beta, scale, initial_state):
+    """q, k, v, log_decay, beta with matched heads in the dtype of the sums, and the state."""
+    given = dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta, initial_state=initial_state)
+    given = {name: x for name, x in given.items() if x is not None}
+    ranks = dict(q=(4,), k=(4,), v=(4,), log_decay=(3, 4), beta=(3,), initial_state=(4,))
+    layouts = dict(log_decay="[B, T, H] or [B, T, H, D]", beta="[B, T, H]")
+    layouts |= dict(v="[B, T, H, Dv]", initial_state="[B, H, D, Dv]")
+    for name, x in given.items():
+        if jnp.ndim(x) not in ranks[name] or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ValueError(
+                f"{name} must be floating {layouts.get(name, '[B, T, H, D]')}, "
+                f"got {jnp.result_type(x)}{list(jnp.shape(x))}"
+            )
+    batch, length, _, dim = q.shape
+    if not length:
+        raise ValueError(f"q must have at least one position, got shape {q.shape}")
+    for name, x in given.items():
+        if name != "initial_state" and x.shape[:2] != (batch, length):
+            raise ValueError(f"{name} {x.shape} must have the batch and length of q {q.shape}")
+    for name, x in ("k", k), ("log_decay", log_decay):
+        if x is not None and x.ndim == 4 and x.shape[3] != dim:
+            raise ValueError(f"{name} {x.shape} must have the dim {dim} of q {q.shape}")
+
+    wide = functools.reduce(jnp.promote_types, (x.dtype for x in given.values()), jnp.float32)
+    scale = jnp.asarray(1 / math.sqrt(dim) if scale is None else scale, wide)
+    if scale.ndim:
+        raise ValueError(f"scale must be a number, got shape {scale.shape}")
+    q, k, v, log_decay, beta = match_heads(
+        *(None if x is None else x.astype(wide) for x in (q, k, v, log_decay, beta))
+    )
+    if log_decay is None:
+        log_decay = jnp.zeros((1, length, 1, 1), wide)
+    elif log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
+    beta = None if beta is None else beta[..., None]
+
+    shape = batch, v.shape[2], dim, v.shape[3]
+    if initial_state is not None and initial_state.shape != shape:
+        raise ValueError(
+            f"initial_state must be [B, H, D, Dv] = {list(shape)}, got {list(initial_state.shape)}"
+        )
+    state = jnp.zeros(shape, wide) if initial_state is None else initial_state.astype(wide)
+    return (q * scale, k, v, log_decay, beta), state
