@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -113,8 +114,12 @@ def _flag_errors() -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError) as error:
-        key = str(error).strip("\"'")
-        flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{key}")), key)
-        raise SystemExit(f"error: unknown config key in {flag}") from error
+        message = str(error).replace("\\", "")
+        key, guess = (re.search(p, message) for p in (r"'(\w+)'", r'Did you mean "\w+"'))
+        if key is None:
+            raise
+        flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{key[1]}")), key[1])
+        hint = f"; {guess[0].lower()}?" if guess else ""
+        raise SystemExit(f"error: unknown config key in {flag}{hint}") from error
     except (flags.Error, OSError) as error:
         raise SystemExit(f"error: {str(error).strip().splitlines()[-1].strip()}") from error

@@ -94,6 +94,7 @@ def state_sharding(state: Any, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
         try:
             result = NamedSharding(mesh, spec)
             result.shard_shape(shape)
+            result.check_compatible_aval(shape)
         except ValueError as error:
             raise ValueError(
                 f"sharding rule {spec} does not fit {name} of shape {shape} on a mesh of sizes "

@@ -1,0 +1,165 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_lab.training import fit, make_optimizer, read_metrics
+from tests.training.tiny import Tiny, loss_fn, make_batch, run
+
+
+def start(workdir, pause):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.tiny", str(workdir), str(pause)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.02)
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path):
+    whole = run(tmp_path / "whole")
+    for _ in range(2):
+        process = start(tmp_path / "killed", 0.05)
+        wait_for(tmp_path / "killed/metrics.jsonl", process)
+        time.sleep(random.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    resumed = run(tmp_path / "killed")
+    assert resumed.rows == whole.rows == read_metrics(tmp_path / "killed")
+    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+    assert equal(nnx.state(resumed.model), nnx.state(whole.model))
+
+
+def test_sigterm_saves_the_step_it_reached(tmp_path):
+    process = start(tmp_path, 0.05)
+    wait_for(tmp_path / "checkpoints/8/checksums.json", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    newest = max(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert 8 <= newest < 60
+    steps = []
+    run(tmp_path, evals={"valid": lambda step: steps.append(step) or [make_batch(0)]})
+    assert min(steps) > newest - 1
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = run(tmp_path)
+
+    def batch(step):
+        raise AssertionError("trained again")
+
+    model = Tiny(nnx.Rngs(0), dropout=0.2, batch_norm=True)
+    optimizer = make_optimizer(60, learning_rate=1.0)
+    again = fit(model, loss_fn, batch, optimizer, steps=60, workdir=tmp_path, config={"steps": 60})
+    assert again.rows == first.rows and again.step == 60
+    assert equal(nnx.state(again.model), nnx.state(first.model))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    whole = run(tmp_path)
+    newest = tmp_path / "checkpoints/60"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    again = run(tmp_path)
+    assert "checkpoints/60 is damaged" in caplog.text
+    assert again.rows == whole.rows
+    assert equal(nnx.state(again.model), nnx.state(whole.model))
+    assert (newest / "checksums.json").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
+    run(tmp_path, config={"steps": 60, "model": {"width": 16, "depth": 2}})
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"model\.width \(16 there, 32 asked\)") as error:
+        run(tmp_path, config={"steps": 60, "model": {"width": 32, "depth": 2}})
+    assert "depth" not in str(error.value)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("bad_step", [1, 11, 24])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad_step):
+    def batch(step):
+        made = make_batch(step, unlabelled=0)
+        if step + 1 == bad_step:
+            made["x"][0, 0] = np.nan
+        return made
+
+    def train():
+        model, optimizer = Tiny(nnx.Rngs(0)), make_optimizer(60, learning_rate=1e-2)
+        return fit(
+            model,
+            loss_fn,
+            batch,
+            optimizer,
+            steps=60,
+            workdir=tmp_path,
+            config={},
+            log_every=20,
+            checkpoint_every=8,
+            progress_seconds=0,
+        )
+
+    with pytest.raises(FloatingPointError, match=rf"loss.* at step {bad_step};"):
+        train()
+    kept = [int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")]
+    assert max(kept, default=0) == (bad_step - 1) // 8 * 8
+    with pytest.raises(FloatingPointError, match=rf"loss.* at step {bad_step};"):
+        train()
+
+
+def test_a_run_stops_early_for_good(tmp_path):
+    seen = []
+
+    def stop(row):
+        seen.append(row["step"])
+        return row["step"] >= 20
+
+    assert run(tmp_path, stop=stop).step == 20
+    assert set(seen) == {10, 20}
+    assert run(tmp_path, stop=stop).step == 20
+
+
+def test_nothing_is_written_without_a_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(None)
+    assert not list(tmp_path.iterdir())
+    assert [row["step"] for row in result.rows if "train/loss" in row] == [*range(7, 60, 7), 60]
+    assert [row["step"] for row in result.rows if "valid/loss" in row] == [*range(10, 61, 10)]
+
+
+def test_metrics_hold_nothing_of_the_clock(tmp_path, capsys):
+    run(tmp_path, unit=("examples", 8), progress_seconds=1e-6)
+    names = {"train/loss", "train/accuracy", "train/grad_norm", "train/param_norm", "train/lr"}
+    names |= {"step", "valid/loss", "valid/accuracy"}
+    assert set().union(*read_metrics(tmp_path)) == names
+    timing = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert all(row["examples_per_second"] > 0 and row["seconds"] > 0 for row in timing)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("step 60/60  loss ") and "examples/s" in lines[-1]
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_the_model_given_is_left_alone():
+    model = Tiny(nnx.Rngs(0))
+    before = jax.tree.map(np.array, nnx.state(model))
+    optimizer = make_optimizer(3, learning_rate=0.1)
+    trained = fit(model, loss_fn, make_batch, optimizer, steps=3, progress_seconds=0).model
+    assert equal(before, nnx.state(model))
+    assert not equal(before, nnx.state(trained))

@@ -1,0 +1,110 @@
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attn_lab.training import FSDP, make_mesh, shard_batch, state_sharding
+from attn_lab.training.sharding import shard_largest
+
+EIGHT_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from tests.training.tiny import Tiny, loss_fn, make_batch
+from attn_lab.training import *
+
+assert jax.device_count() == 8
+optimizer = make_optimizer(5, learning_rate=1e-2, weight_decay=0.1, clip=1.0)
+batches = [make_batch(i, size=16) for i in range(3)]
+
+def train(mesh, rules, accumulate=1):
+    graphdef, state = create_state(Tiny(nnx.Rngs(0), dropout=0.2, batch_norm=True), optimizer)
+    shardings = state_sharding(state, mesh, rules)
+    state = jax.device_put(state, shardings)
+    step = make_train_step(
+        graphdef, loss_fn, optimizer, shardings=shardings, accumulate=accumulate
+    )
+    for batch in batches:
+        state, metrics = step(state, shard_batch(batch, mesh))
+    model = nnx.merge(graphdef, state.params, state.other)
+    valid = evaluate(model, [shard_batch(batch, mesh) for batch in batches], loss_fn)
+    jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0, state, shardings)
+    return jax.device_get((state, metrics, valid)), state
+
+tensor = (("up/kernel", P(None, "tensor")), ("down/kernel", P("tensor", "fsdp")), *FSDP)
+for accumulate in (1, 2):
+    one, _ = train(make_mesh(devices=jax.devices()[:1]), (), accumulate)
+    for sizes, rules in (
+        (dict(), ()),
+        (dict(data=2, fsdp=-1), FSDP),
+        (dict(data=1, fsdp=2, tensor=4), tensor),
+    ):
+        many, state = train(make_mesh(**sizes), rules, accumulate)
+        close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        jax.tree.map(close, one, many)
+kernel = state.params["up"]["kernel"]
+assert kernel.sharding.spec == P(None, "tensor")
+assert kernel.addressable_shards[0].data.shape == (4, 4)
+mu = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+      if "mu" in jax.tree_util.keystr(path) and leaf.shape == (4, 16)]
+assert [leaf.sharding.spec for leaf in mu] == [P(None, "tensor")]
+try:
+    shard_batch(make_batch(0, size=12), make_mesh())
+except ValueError as error:
+    assert "batch label of shape (12,)" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def test_eight_devices_make_the_same_update_as_one():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, check=True)
+
+
+def test_mesh_sizes():
+    mesh = make_mesh()
+    assert mesh.axis_names == ("data", "fsdp", "tensor", "seq")
+    assert mesh.size == jax.device_count() == mesh.shape["data"]
+    for sizes in ({"data": 3, "fsdp": 5}, {"data": -1, "seq": -1}, {"data": 0}, {"tensor": 7919}):
+        with pytest.raises(ValueError, match="mesh sizes must multiply"):
+            make_mesh(**sizes)
+
+
+def test_the_first_rule_that_is_found_in_the_path_counts():
+    state = {"a": {"kernel": np.zeros((2, 4)), "scale": np.zeros(())}, "b": np.zeros(3)}
+    rules = (("a/ker", P("fsdp", "tensor")), ("a", P("data")), ("nothing", P("seq")))
+    shardings = state_sharding(state, make_mesh(), rules)
+    assert shardings["a"]["kernel"].spec == P("fsdp", "tensor")
+    assert shardings["a"]["scale"].spec == shardings["b"].spec == P()
+
+
+def test_a_rule_that_does_not_fit_names_the_array():
+    with pytest.raises(ValueError, match=r"does not fit a/b of shape \(3,\)"):
+        state_sharding({"a": {"b": np.zeros(3)}}, make_mesh(), (("b", P("fsdp", "tensor")),))
+    with pytest.raises(ValueError, match="does not fit b"):
+        state_sharding({"b": np.zeros(3)}, make_mesh(), (("b", P("model")),))
+
+
+def test_fsdp_splits_the_largest_axis_that_divides():
+    class Mesh:
+        def __init__(self, size):
+            self.shape = {"fsdp": size}
+
+    assert shard_largest((6, 9, 4), Mesh(3)) == P(None, "fsdp")
+    assert shard_largest((6, 9, 4), Mesh(2)) == P("fsdp")
+    assert shard_largest((6, 9), Mesh(4)) == P()
+    assert state_sharding({"w": np.zeros((4, 8))}, make_mesh(), FSDP)["w"].spec == P(None, "fsdp")
+
+
+def test_a_batch_is_split_along_its_first_axes():
+    batch = {"image": np.zeros((8, 4, 4, 1)), "label": np.arange(8)}
+    placed = shard_batch(batch, make_mesh())
+    assert placed["image"].sharding.spec == P(("data", "fsdp"), "seq")
+    assert placed["label"].sharding.spec == P(("data", "fsdp"))
+    np.testing.assert_array_equal(placed["label"], batch["label"])
