@@ -2,6 +2,13 @@ import jax
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches():
+    """Compiled functions of one file are not those of the next, and take gigabytes together."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""

@@ -23,7 +23,7 @@ def patterns():
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     patterns(),
     st.integers(1, 12),
@@ -47,7 +47,7 @@ def test_block_map_and_count_agree_with_dense(mask, q_len, k_len, block_q, block
     assert (flipped == 2 - got).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(patterns(), patterns(), st.integers(1, 9), st.integers(1, 9))
 def test_algebra_is_pointwise(a, b, q_len, k_len):
     x, y = a.dense(q_len, k_len), b.dense(q_len, k_len)

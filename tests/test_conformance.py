@@ -1,0 +1,186 @@
+"""One suite for every row of the catalogue."""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+sys.path.insert(0, str(Path(__file__).parent))
+import golden
+
+from attn_lab.catalogue import CATALOGUE, Mechanism, Sizes, find
+
+OPERATORS = [row for row in CATALOGUE if row.family in ("attention", "recurrence", "convolution")]
+KEY = jax.random.key(0)
+operators = pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
+
+
+def in_time(rows):
+    """Every (row, causal) that the rows support."""
+    pairs = [(row, causal) for row in rows for causal in row.causal]
+    ids = [f"{row.name}-{'causal' if causal else 'full'}" for row, causal in pairs]
+    return pytest.mark.parametrize(("row", "causal"), pairs, ids=ids)
+
+
+def run(row: Mechanism, arrays, causal, variant):
+    """Output and gradients of all arguments under a fixed cotangent, jitted."""
+
+    def loss(arrays):
+        out = row.call(arrays, causal=causal, **variant)
+        ct = jax.random.normal(jax.random.key(1), out.shape)
+        return jnp.sum(out.astype(jnp.float32) * ct), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return {"out": out, **grads}
+
+
+def example(row: Mechanism, sizes: Sizes):
+    return row.example(sizes, KEY)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("stem", sorted({stem for row in CATALOGUE for stem in row.golden}))
+def test_golden(stem, wide):
+    with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
+        golden.check(stem, wide)
+
+
+@pytest.mark.parametrize("stem", sorted(path.stem for path in golden.FOLDER.glob("*.npz")))
+def test_every_golden_file_is_used(stem):
+    named = {stem for row in CATALOGUE for stem in row.golden}
+    tests = [p for p in golden.FOLDER.parent.rglob("test_*.py") if p.name != Path(__file__).name]
+    assert stem in named or any(f'"{stem}"' in path.read_text() for path in tests)
+
+
+@in_time([row for row in OPERATORS if len(row.variants) > 1])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_variants_stay_within_twice_the_error_of_the_definition(row, causal, dtype):
+    """Against float64, output and all gradients, with grouped heads and a prime length."""
+    sizes = Sizes(B=1, T=37, S=53)
+    arrays = {k: v.astype(dtype) for k, v in example(row, sizes).items()}
+    with jax.enable_x64(True):
+        wide = {k: v.astype(jnp.float64) for k, v in arrays.items()}
+        truth = jax.tree.map(np.asarray, run(row, wide, causal, row.variants[0]))
+    base = jax.tree.map(lambda x: np.asarray(x, float), run(row, arrays, causal, row.variants[0]))
+    for variant in row.variants[1:]:
+        got = run(row, arrays, causal, variant)
+        for name, exact in truth.items():
+            error = np.abs(np.asarray(got[name], float) - exact).max()
+            unit = 4 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
+            allowed = 2 * np.abs(base[name] - exact).max() + unit
+            assert error <= allowed, (variant, name, error, allowed)
+
+
+@in_time(OPERATORS)
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(B=1, T=1, S=1), Sizes(B=3, T=13, S=7), Sizes(B=1, T=7, S=13, H=6, K=3, D=5, V=3)],
+    ids=["one", "long_queries", "odd"],
+)
+def test_shapes_and_finite_gradients(row, causal, sizes):
+    sizes = row.fit(sizes)
+    got = run(row, example(row, sizes), causal, {})
+    wanted = (
+        (sizes.B, sizes.T, sizes.D)
+        if "x" in row.arguments
+        else (sizes.B, sizes.T, sizes.H if "K" not in row.sizes else Sizes.H, sizes.V)
+    )
+    assert got["out"].shape[:2] == wanted[:2] and got["out"].shape[-1] == wanted[-1]
+    assert all(jnp.isfinite(x).all() for x in got.values())
+
+
+@operators
+def test_late_inputs_have_exactly_no_influence_on_early_outputs(row):
+    if True not in row.causal:
+        pytest.skip("not causal")
+    sizes, cut = row.fit(Sizes(B=1, T=9, S=9, H=2, K=1, D=3, V=3)), 4
+    arrays = example(row, sizes)
+    in_sequence = [n for n, (_, axes) in row.arguments.items() if axes[1:2] in ("T", "S")]
+    jacobian = jax.jit(jax.jacrev(lambda x: row.call(arrays | x, causal=True)[:, :cut]))(
+        {n: arrays[n] for n in in_sequence}
+    )
+    out_rank = row.call(arrays, causal=True).ndim
+    for name, slopes in jacobian.items():
+        late = jnp.take(slopes, jnp.arange(cut, 9), axis=out_rank + 1)
+        assert (late == 0).all(), name
+        assert (slopes != 0).any(), name
+
+
+@in_time([row for row in OPERATORS if row.family == "attention"])
+def test_rows_without_a_key_are_zero_with_zero_gradients(row, causal):
+    if "mask" in row.settings:
+        row = dataclasses.replace(row, settings={})
+    sizes = row.fit(Sizes(B=1, T=5, S=5))
+    arrays = {n: x for n, x in example(row, sizes).items() if not n.startswith("sink")}
+    allowed = jnp.ones((5, 5), bool).at[jnp.array([1, 4])].set(False)
+    for variant in row.variants:
+        got = run(row, arrays, causal, {"mask": allowed, **variant})
+        assert (got["out"][:, 1] == 0).all() and (got["out"][:, 4] == 0).all()
+        assert (got["out"][:, 2] != 0).any()
+        for name, x in got.items():
+            assert jnp.isfinite(x).all(), name
+            if name.startswith("q") or name == "gate":
+                assert (x[:, 1] == 0).all(), name
+
+
+@in_time(OPERATORS)
+def test_extreme_inputs_stay_finite(row, causal):
+    sizes = row.fit(Sizes(B=1, T=33, S=33))
+    arrays = dict(example(row, sizes))
+    for name in arrays:
+        if name == "log_decay":
+            pick = jax.random.randint(KEY, arrays[name].shape, 0, 5)
+            arrays[name] = jnp.array([0.0, -1e-4, -1.0, -50.0, -1e4])[pick]
+        elif name.startswith("q"):
+            arrays[name] = 1e4 * arrays[name]
+    for variant in row.variants:
+        assert all(jnp.isfinite(x).all() for x in run(row, arrays, causal, variant).values())
+
+
+@operators
+def test_transformations(row):
+    """jit, vmap, grad of vmap, remat and shard_map give what plain calls give."""
+    sizes = row.fit(Sizes(B=2, T=8, S=8))
+    arrays = example(row, sizes)
+    batched = {n for n, (_, axes) in row.arguments.items() if axes[0] == "B"}
+    want = row.call(arrays)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    close(jax.jit(row.call)(arrays), want)
+    axes = {n: 0 if n in batched else None for n in arrays}
+
+    def one(arrays):
+        return row.call({n: x[None] if n in batched else x for n, x in arrays.items()})[0]
+
+    def loss(call, arrays):
+        return jnp.sum(jnp.sin(call(arrays)))
+
+    stacked = jax.vmap(one, (axes,))
+    close(stacked(arrays), want)
+    plain = jax.jit(jax.grad(functools.partial(loss, row.call)))(arrays)
+    for other in (stacked, jax.checkpoint(row.call)):
+        slopes = jax.jit(jax.grad(functools.partial(loss, other)))(arrays)
+        jax.tree.map(close, slopes, plain)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {n: PartitionSpec("data") if n in batched else PartitionSpec() for n in arrays}
+    sharded = jax.shard_map(row.call, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("data"))
+    close(jax.jit(sharded)(arrays), want)
+
+
+@operators
+def test_rows_have_costs_and_a_summary(row):
+    sizes = row.fit(Sizes())
+    assert row.flops(sizes) > 0 and row.bytes(sizes) > 0 and len(row.summary) > 20
+    twice = dataclasses.replace(sizes, B=2 * sizes.B)
+    assert row.flops(twice) == 2 * row.flops(sizes)
+
+
+def test_names_are_unique_and_unknown_ones_are_refused():
+    assert len({row.name for row in CATALOGUE}) == len(CATALOGUE)
+    with pytest.raises(ValueError, match="'atention' is unknown; choose one of dot_product"):
+        find("atention")
