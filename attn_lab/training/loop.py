@@ -118,6 +118,8 @@ def fit(
     train_step = make_train_step(
         graphdef, loss_fn, optimizer, seed=seed, accumulate=accumulate, shardings=shardings
     )
+    # Tracing finds shapes that do not fit before anything is written.
+    jax.eval_shape(train_step, state, shard_batch(batch(0), mesh))
     checkpoints = None
     if workdir is not None:
         if config is None:

@@ -63,11 +63,13 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     first = run(tmp_path)
 
     def batch(step):
-        raise AssertionError("trained again")
+        assert step == 0, "trained again"
+        return make_batch(step)
 
     model = Tiny(nnx.Rngs(0), dropout=0.2, batch_norm=True)
     optimizer = make_optimizer(60, learning_rate=1.0)
-    again = fit(model, loss_fn, batch, optimizer, steps=60, workdir=tmp_path, config={"steps": 60})
+    settings = {"steps": 60, "workdir": tmp_path, "config": {"steps": 60}}
+    again = fit(model, loss_fn, batch, optimizer, **settings)
     assert again.rows == first.rows and again.step == 60
     assert equal(nnx.state(again.model), nnx.state(first.model))
 
@@ -91,6 +93,12 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
         run(tmp_path, config={"steps": 60, "model": {"width": 32, "depth": 2}})
     assert "depth" not in str(error.value)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_model_that_does_not_fit_the_batch_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="accumulate=3"):
+        run(tmp_path / "new", accumulate=3)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("bad_step", [1, 11, 24])
@@ -133,6 +141,7 @@ def test_a_run_stops_early_for_good(tmp_path):
 
     assert run(tmp_path, stop=stop).step == 20
     assert set(seen) == {10, 20}
+    assert (tmp_path / "checkpoints/20").exists()
     assert run(tmp_path, stop=stop).step == 20
 
 
