@@ -50,7 +50,7 @@ class Mechanism:
       cross: whether keys may have another length than queries.
       variants: keyword arguments that choose the implementation; the first one is the definition.
       flops: multiplications and additions of the forward pass, from the sizes.
-      sizes: sizes that make it what it is, such as one key head.
+      sizes: sizes that make it what it is: a number, or the letter of the size that it equals.
       golden: stems of the files in tests/golden that define its values.
     """
 
@@ -66,13 +66,14 @@ class Mechanism:
     cross: bool = False
     variants: tuple[Mapping[str, str], ...] = ({},)
     flops: Callable[[Sizes], int] = lambda s: 0
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
     golden: tuple[str, ...] = ()
 
     def fit(self, sizes: Sizes) -> Sizes:
         """`sizes` as this mechanism needs them."""
-        sizes = dataclasses.replace(sizes, **self.sizes)
-        return sizes if self.cross else dataclasses.replace(sizes, S=sizes.T)
+        own = self.sizes if self.cross else {"S": "T", **self.sizes}
+        values = {a: getattr(sizes, b) if isinstance(b, str) else b for a, b in own.items()}
+        return dataclasses.replace(sizes, **values)
 
     def example(self, sizes: Sizes, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
         """Random arrays for its arguments; gates and write strengths are in their usual range."""
@@ -149,7 +150,7 @@ CATALOGUE: tuple[Mechanism, ...] = (
         2017,
         "1706.03762",
         arguments=_QKV,
-        sizes={"K": 4},
+        sizes={"K": "H"},
         golden=("dot_product_attention",),
         **_ENGINE_1,
     ),

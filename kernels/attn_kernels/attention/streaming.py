@@ -19,6 +19,7 @@ from attn_kernels.attention.tile import (
     masked_scores,
     silent_scores,
 )
+from attn_kernels.varying import varying_like
 
 BLOCK = 512
 
@@ -113,7 +114,8 @@ class Grid:
                 (j, per_column), pair = xs
                 return step(i, j, _merge(known, per_column, pair), carry), None
 
-            carry, _ = jax.lax.scan(column, start(known), (per_column, per_tile))
+            first = varying_like(start(known), leaves[: len(self.axes)])
+            carry, _ = jax.lax.scan(column, first, (per_column, per_tile))
             return None, finish(known, carry)
 
         xs = jnp.arange(self.rows), on(True, False), on(True, True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attn_kernels.recurrence import definition
 from attn_kernels.recurrence.chunked import chunked
+from attn_kernels.varying import varying_like
 
 FORMS = ("auto", "chunk", "recurrent", "parallel")
 SHORT = 8  # below, steps cost less than the matrices of a chunk
@@ -172,4 +173,5 @@ def _checked(q, k, v, log_decay, beta, scale, initial_state):
             f"initial_state must be [B, H, D, Dv] = {list(shape)}, got {list(initial_state.shape)}"
         )
     state = jnp.zeros(shape, wide) if initial_state is None else initial_state.astype(wide)
-    return (q * scale, k, v, log_decay, beta), state
+    arrays = q * scale, k, v, log_decay, beta
+    return arrays, varying_like(state, arrays)
