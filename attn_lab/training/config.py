@@ -93,6 +93,8 @@ def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir:
     def parse(argv: list[str]) -> list[str]:
         with _flag_errors():
             rest = flags.FLAGS(argv)
+            if flags.FLAGS["verbosity"].using_default_value:
+                flags.FLAGS.verbosity = logging.WARNING  # orbax tells a story at every checkpoint
             config.value.keys()  # raises what went wrong in reading the file
             return rest
 

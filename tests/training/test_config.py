@@ -18,12 +18,14 @@ def get_config(preset="small"):
     return ConfigDict({"steps": 3, "model": model, "betas": (0.9, 0.99)})
 """
 PROGRAM = """
-import json, sys
+import json
+from absl import logging
 from attn_lab.training import run_main
 
 def train(config, workdir):
     if config.steps < 0:
         raise ValueError(f"steps must be positive; got {config.steps}")
+    logging.info("not shown")
     print(json.dumps([workdir, config.steps, config.model.width, config.betas]))
 
 run_main(train, "conf.py", "runs/default")
@@ -59,7 +61,8 @@ def program(tmp_path):
     ],
 )
 def test_flags_reach_the_experiment(program, args, expected):
-    assert json.loads(program(*args).stdout) == expected
+    done = program(*args)
+    assert json.loads(done.stdout) == expected and not done.stderr
 
 
 @pytest.mark.parametrize(
