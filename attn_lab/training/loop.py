@@ -129,8 +129,8 @@ def fit(
         state = checkpoints.restore(state) or state
     step = int(state.step)
     lead = jax.process_index() == 0
-    metrics = MetricsFile(workdir / "metrics.jsonl" if workdir and lead else None, step)
-    timing = MetricsFile(workdir / "timing.jsonl" if workdir and lead else None, step)
+    metrics = MetricsFile(workdir and workdir / "metrics.jsonl", step, write=lead)
+    timing = MetricsFile(workdir and workdir / "timing.jsonl", step, write=lead)
     progress = Progress(steps, unit, progress_seconds if lead else 0)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
@@ -150,9 +150,9 @@ def fit(
             step += 1
             pending.append((step, on_device))
             save = checkpoints is not None and due(checkpoint_every)
-            exits = terminated.is_set() or (
-                checkpoints is not None and jax.process_count() > 1 and checkpoints.preempted(step)
-            )
+            exits = terminated.is_set()
+            if checkpoints is not None and jax.process_count() > 1:
+                exits = checkpoints.preempted(step)  # all processes leave at the same step
             # Fetching waits for the device, so it is done only when something needs a number.
             needed = due(log_every) or due(eval_every) or save or exits or progress.due()
             if not needed and len(pending) < MAX_PENDING:

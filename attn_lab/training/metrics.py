@@ -27,14 +27,16 @@ class MetricsFile:
     Args:
       path: the file; None keeps the rows in memory only.
       step: rows of later steps, which an interrupted run left behind, are dropped.
+      write: False reads the file but leaves it to another process to change it.
     """
 
-    def __init__(self, path: Path | None, step: int = 0):
-        self.path = path
+    def __init__(self, path: Path | None, step: int = 0, *, write: bool = True):
+        self.path = path if write else None
         self.rows: list[dict[str, float]] = []
         if path is not None:
             rows = read_metrics(path) if path.exists() else []
             self.rows = [row for row in rows if row["step"] <= step]
+        if self.path is not None:
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             os.replace(partial, path)

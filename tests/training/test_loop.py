@@ -2,6 +2,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,3 +173,39 @@ def test_the_model_given_is_left_alone():
     trained = fit(model, loss_fn, make_batch, optimizer, steps=3, progress_seconds=0).model
     assert equal(before, nnx.state(model))
     assert not equal(before, nnx.state(trained))
+
+
+TWO_PROCESSES = """
+import json, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from tests.training.tiny import run
+from attn_lab.training import FSDP, make_mesh
+assert jax.process_count() == 2
+mesh = make_mesh(data=1, fsdp=2)
+result = run(sys.argv[3], mesh=mesh, rules=FSDP, stop=lambda row: row["step"] >= 20)
+print(json.dumps(result.rows))
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+
+    def train():
+        commands = [
+            [sys.executable, "-c", TWO_PROCESSES, address, str(i), str(tmp_path)] for i in range(2)
+        ]
+        processes = [
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for command in commands
+        ]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+    first, again = train(), train()
+    assert first[0] == first[1] == again[0] == again[1] == read_metrics(tmp_path)
+    alone = run(None, stop=lambda row: row["step"] >= 20).rows
+    for row, expected in zip(first[0], alone, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
