@@ -29,6 +29,7 @@ from attn_lab.training.sharding import (
 from attn_lab.training.step import LossFn, create_state, evaluate, make_train_step
 
 MAX_PENDING = 64
+MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
 
 
 class Result(NamedTuple):
@@ -190,12 +191,12 @@ def fetch_finite(
     """Empties `pending` and gives the metrics of its last step as numbers.
 
     Raises:
-      FloatingPointError: a number of any of the steps is not finite.
+      FloatingPointError: the loss, gradient or parameters of any of the steps are not finite.
     """
     fetched = jax.device_get(pending)
     pending.clear()
     for step, values in fetched:
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        bad = [name for name in MUST_BE_FINITE if not np.isfinite(values[name])]
         if bad:
             kept = checkpoints.newest() if checkpoints is not None else None
             raise FloatingPointError(

@@ -145,8 +145,9 @@ def _evaluation_sums(graphdef, loss_fn, params, other, batch):
 def evaluate(model: nnx.Module, batches: Iterable[Any], loss_fn: LossFn) -> dict[str, float]:
     """Metrics over all batches: the sums of every entry of `loss_fn` over the sums of its weights.
 
-    The model is in evaluation mode and `loss_fn` receives `rngs=None`. Compiled once for each
-    (structure of the model, `loss_fn`, shape of a batch): pass the same function every time.
+    A metric whose weights add up to 0 is nan. The model is in evaluation mode and `loss_fn`
+    receives `rngs=None`. Compiled once for each (structure of the model, `loss_fn`, shape of a
+    batch): pass the same function every time.
 
     Raises:
       ValueError: there is no batch.
@@ -168,4 +169,7 @@ def evaluate(model: nnx.Module, batches: Iterable[Any], loss_fn: LossFn) -> dict
     if pending is None:
         raise ValueError("batches must hold at least one batch")
     add(pending)
-    return {name: float(total / weight) for name, (total, weight) in totals.items()}
+    return {
+        name: float(total / weight) if weight else float("nan")
+        for name, (total, weight) in totals.items()
+    }

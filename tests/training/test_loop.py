@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -131,6 +132,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad_step):
     assert max(kept, default=0) == (bad_step - 1) // 8 * 8
     with pytest.raises(FloatingPointError, match=rf"loss.* at step {bad_step};"):
         train()
+
+
+def test_a_metric_of_nothing_stops_nothing():
+    def sliced(model, batch, rngs):
+        return loss_fn(model, batch, rngs) | {"rare": (jnp.zeros(()), jnp.zeros(()))}
+
+    optimizer = make_optimizer(3, learning_rate=1e-2)
+    evals = {"valid": lambda step: [make_batch(0)]}
+    model = Tiny(nnx.Rngs(0))
+    (row,) = fit(model, sliced, make_batch, optimizer, steps=3, evals=evals).rows
+    assert np.isnan(row["train/rare"]) and np.isnan(row["valid/rare"])
+    assert np.isfinite(row["valid/loss"])
 
 
 def test_a_run_stops_early_for_good(tmp_path):
