@@ -1,0 +1,374 @@
+"""Token mixers over explicit weights: projections, positions, gates and a cache around an op."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_kernels.attention import Mask, operand
+from attn_lab import ops
+from attn_lab.nn.layers import Build, Mixer, divide, dropout, split_heads
+
+
+class MultiHeadAttention(Mixer):
+    """Multi-head attention with grouped heads: `concat_h attention(x W_q, x W_k, x W_v) W_o`.
+
+    Args:
+      width: of the input and output.
+      num_heads: query heads H.
+      num_kv_heads: key and value heads K, which divide H; by default H.
+      head_dim: by default `width / num_heads`.
+      value_dim: by default `head_dim`.
+      qk_norm: "rms" normalises queries and keys per head, before the rotation.
+      rope_theta: base of rotary positions; None has none.
+      rotary_dim: how many channels of a head rotate, by default all.
+      causal: whether a token sees its past alone.
+      window: how many tokens it sees back, its own included (and, if not causal, as many ahead).
+      bias, out_bias: of the projections.
+      dropout: rate on the weights; needs softmax attention.
+      attention: the operator, `dot_product_attention` or one with its signature.
+      build: keywords of `Build`.
+
+    Raises:
+      ValueError: if head counts do not divide.
+
+    Source: Vaswani et al., 2017, arXiv 1706.03762; Ainslie et al., 2023, arXiv 2305.13245.
+    """
+
+    drops = True
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        qk_norm: str | None = None,
+        rope_theta: float | None = None,
+        rotary_dim: int | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        bias: bool = False,
+        out_bias: bool = False,
+        dropout: float = 0.0,
+        attention: Callable[..., jax.Array] = ops.dot_product_attention,
+        **build: Any,
+    ):
+        build = Build(**build)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        divide(num_heads, self.num_kv_heads, "number of query heads; num_kv_heads:")
+        self.head_dim = divide(width, num_heads) if head_dim is None else head_dim
+        self.value_dim = self.head_dim if value_dim is None else value_dim
+        self.rope_theta, self.rotary_dim = rope_theta, rotary_dim
+        self.causal, self.window, self.dropout = causal, window, dropout
+        self.attention = attention
+        if dropout and not (self.drops and attention is ops.dot_product_attention):
+            raise ValueError(f"dropout={dropout} on the weights needs plain softmax attention")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.query = build.linear(width, self.query_heads * self.head_dim, bias)
+        self.key = build.linear(width, self.key_heads * self.head_dim, bias)
+        self.value = build.linear(width, self.num_kv_heads * self.value_dim, bias)
+        self.out = build.output(num_heads * self.value_dim, width, out_bias)
+        if qk_norm not in (None, "rms"):
+            raise ValueError(f"qk_norm must be None or 'rms', got {qk_norm!r}")
+        norm = functools.partial(build.rms_norm, self.head_dim, 1e-6)
+        self.query_norm = norm() if qk_norm else nnx.data(None)
+        self.key_norm = norm() if qk_norm else nnx.data(None)
+
+    @property
+    def query_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def key_heads(self) -> int:
+        return self.num_kv_heads
+
+    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32):
+        return {
+            "index": jnp.zeros((), jnp.int32),
+            "key": jnp.zeros((batch, length, self.key_heads, self.head_dim), dtype),
+            "value": jnp.zeros((batch, length, self.num_kv_heads, self.value_dim), dtype),
+        }
+
+    def state_bytes(self, length: int) -> int:
+        kept = length if self.window is None else min(length, self.window)
+        return super().state_bytes(kept)
+
+    def __call__(self, x, *, segment_ids=None, cache=None, rngs=None):
+        q, k, v, mask, cache = self._inputs(x, segment_ids, cache)
+        y = self._project(self._attend(q, k, v, mask, rngs), x)
+        return y if cache is None else (y, cache)
+
+    def weights(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The weights `[B, H, T, T]` that a call on `x` uses, without dropout.
+
+        They are read off the operator itself: its outputs for the unit vectors as values.
+        """
+        q, k, v, mask, _ = self._inputs(x, segment_ids, None)
+        length = v.shape[1]
+        unit = jnp.broadcast_to(jnp.eye(length)[:, None], (*v.shape[:3], length))
+        return jnp.swapaxes(self._attend(q, k, unit, mask, None), 1, 2)
+
+    def _inputs(self, x, segment_ids, cache):
+        """Queries, keys, values, mask, and the cache after these tokens."""
+        q = split_heads(self.query(x), self.query_heads)
+        k = split_heads(self.key(x), self.key_heads)
+        v = split_heads(self.value(x), self.num_kv_heads)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self._modulate(q, k, v, x)
+        past = 0 if cache is None else cache["index"]
+        if self.rope_theta is not None:
+            positions = past + jnp.arange(x.shape[1])
+            rotate = functools.partial(
+                ops.apply_rotary,
+                positions=positions,
+                theta=self.rope_theta,
+                rotary_dim=self.rotary_dim,
+            )
+            q, k = rotate(q), rotate(k)
+        mask = ops.sliding_window_mask(*self._reach()) if self.causal or self.window else None
+        if segment_ids is not None:
+            segments = ops.segment_mask(segment_ids)
+            mask = segments if mask is None else mask & segments
+        if cache is None:
+            return q, k, v, mask, None
+        if not self.causal:
+            raise ValueError("cache needs causal=True: later tokens change earlier outputs")
+        if segment_ids is not None:
+            raise ValueError("segment_ids and cache exclude each other: decode one document a row")
+        k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k.astype(cache["key"].dtype), past, 1)
+        v = jax.lax.dynamic_update_slice_in_dim(
+            cache["value"], v.astype(cache["value"].dtype), past, 1
+        )
+        # The engine aligns the last query with the last slot; these queries are `shift` before.
+        shift = operand(past + x.shape[1] - k.shape[1], "")
+        mask = Mask(_shifted_window(self._reach()[0]), (shift,))
+        return q, k, v, mask, {"index": past + x.shape[1], "key": k, "value": v}
+
+    def _reach(self):
+        """How far back and ahead a token sees; negative is without bound."""
+        back = -1 if self.window is None else self.window - 1
+        return back, 0 if self.causal else back
+
+    def _attend(self, q, k, v, mask, rngs):
+        if rngs is None or not self.dropout:
+            return self.attention(q, k, v, mask=mask)
+        _, weights = ops.dot_product_attention(q, k, v, mask=mask, return_weights=True)
+        weights = dropout(weights, self.dropout, rngs).astype(v.dtype)
+        v = jnp.repeat(v, weights.shape[1] // v.shape[2], axis=2)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    def _modulate(self, q, k, v, x):
+        """A change of queries, keys and values by the input, before positions."""
+        return q, k, v
+
+    def _project(self, heads, x):
+        """`[B, T, H, Dv]` to `[B, T, width]`."""
+        return self.out(heads.reshape(*heads.shape[:2], -1))
+
+
+@functools.lru_cache
+def _shifted_window(back: int) -> Callable[..., jax.Array]:
+    """A causal window of the queries that stand `shift` (negative) before the end of the keys."""
+
+    def allowed(b, h, q_index, k_index, shift):
+        distance = q_index + shift - k_index
+        return (distance >= 0) & ((distance <= back) if back >= 0 else True)
+
+    return allowed
+
+
+class SigmoidAttention(MultiHeadAttention):
+    """Multi-head attention with sigmoid weights of bias `-log(context)`.
+
+    Args:
+      width, arguments: as `MultiHeadAttention`.
+      context: the training length n; by default the number of keys of each call.
+
+    Source: Ramapuram et al., 2024, arXiv 2409.04431.
+    """
+
+    def __init__(self, width: int, *, context: int | None = None, **arguments: Any):
+        bias = None if context is None else -float(jnp.log(context))
+        attention = functools.partial(ops.sigmoid_attention, logit_bias=bias)
+        super().__init__(width, attention=attention, **arguments)
+
+
+class SinkAttention(MultiHeadAttention):
+    """Multi-head softmax attention with a learned sink for each head.
+
+    Args:
+      width, arguments: as `MultiHeadAttention`, without dropout.
+      kind: "logit" (a score alone), "key" (a key of value 0) or "key_value".
+
+    Source: Gu et al., 2024, arXiv 2410.10781.
+    """
+
+    drops = False
+
+    def __init__(self, width: int, *, kind: str = "logit", **arguments: Any):
+        shapes = {"logit": ("sink_logit",), "key": ("sink_key",)}
+        shapes["key_value"] = ("sink_key", "sink_value")
+        if kind not in shapes:
+            raise ValueError(f"kind must be one of {', '.join(shapes)}, got {kind!r}")
+        super().__init__(width, **arguments)
+        build, heads = Build.of(arguments), self.num_kv_heads
+        sizes = {"sink_logit": (self.num_heads,), "sink_key": (1, heads, self.head_dim)}
+        sizes["sink_value"] = (1, heads, self.value_dim)
+        normal = nnx.initializers.normal(0.02)
+        self.sinks = nnx.Dict({name: build.param(sizes[name], normal) for name in shapes[kind]})
+
+    def _attend(self, q, k, v, mask, rngs):
+        sinks = {name: param[...] for name, param in self.sinks.items()}
+        return ops.sink_attention(q, k, v, mask=mask, **sinks)
+
+    def weights(self, x, *, segment_ids=None):
+        if "sink_value" in self.sinks:
+            raise ValueError(
+                "weights need kind='logit' or 'key': a sink's value is no key's weight"
+            )
+        return super().weights(x, segment_ids=segment_ids)
+
+
+class GatedAttention(MultiHeadAttention):
+    """Multi-head attention with a gate, computed from the input, in one of five places.
+
+    Args:
+      width, arguments: as `MultiHeadAttention`.
+      position: "G1" gates the heads' outputs, "G2" the values, "G3" the keys, "G4" the queries,
+        "G5" the projected output.
+      granularity: "elementwise", or "headwise" (one gate a head; not for G5).
+      head_specific: False gives all heads the mean of their gates.
+      activation, mode: as in `ops.apply_gate`.
+
+    Source: Qiu et al., 2025, arXiv 2505.06708.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        position: str = "G1",
+        granularity: str = "elementwise",
+        head_specific: bool = True,
+        activation: str = "sigmoid",
+        mode: str = "multiply",
+        **arguments: Any,
+    ):
+        super().__init__(width, **arguments)
+        heads = {
+            "G1": (self.num_heads, self.value_dim),
+            "G2": (self.num_kv_heads, self.value_dim),
+            "G3": (self.key_heads, self.head_dim),
+            "G4": (self.query_heads, self.head_dim),
+            "G5": (1, width),
+        }
+        if position not in heads:
+            raise ValueError(f"position must be one of {', '.join(heads)}, got {position!r}")
+        if granularity not in ("elementwise", "headwise") or (position, granularity) == (
+            "G5",
+            "headwise",
+        ):
+            raise ValueError(
+                f"granularity must be 'elementwise', or 'headwise' before G5, got {granularity!r}"
+            )
+        self.position, self.head_specific = position, head_specific
+        self.activation, self.mode = activation, mode
+        self.gate_heads, dim = heads[position]
+        outputs = self.gate_heads * (dim if granularity == "elementwise" else 1)
+        self.gate = Build.of(arguments).linear(width, outputs)
+
+    def _gated(self, y, x):
+        gate = split_heads(self.gate(x), self.gate_heads)
+        gated = ops.apply_gate(y, gate, activation=self.activation, mode=self.mode)
+        if self.head_specific:
+            return gated
+        unit = jnp.zeros_like(y) if self.mode == "add" else jnp.ones_like(y)
+        shared = ops.apply_gate(unit, gate, activation=self.activation, mode=self.mode)
+        shared = shared.mean(2, keepdims=True)
+        return y + shared if self.mode == "add" else y * shared
+
+    def _modulate(self, q, k, v, x):
+        parts = {"G4": q, "G3": k, "G2": v}
+        if self.position in parts:
+            parts[self.position] = self._gated(parts[self.position], x)
+        return tuple(parts.values())
+
+    def _project(self, heads, x):
+        if self.position == "G1":
+            heads = self._gated(heads, x)
+        y = super()._project(heads, x)
+        return self._gated(y[:, :, None], x)[:, :, 0] if self.position == "G5" else y
+
+
+class DifferentialAttention(MultiHeadAttention):
+    """Multi-head differential attention, with a norm and a constant factor on every head.
+
+    Args:
+      width, arguments: as `MultiHeadAttention`, without dropout; `num_heads` counts signal heads,
+        `head_dim` is by default `width / (2 num_heads)` and values are twice as wide.
+      depth: the layer's index from 0, which sets the first weight of the noise maps.
+      num_noise_heads: noise maps, which divide the signal heads; by default as many.
+
+    Source: Ye et al., 2024, arXiv 2410.05258; grouped: 2025, arXiv 2510.06949.
+    """
+
+    drops = False
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        depth: int = 0,
+        num_noise_heads: int | None = None,
+        **arguments: Any,
+    ):
+        self.num_noise_heads = num_heads if num_noise_heads is None else num_noise_heads
+        repeats = divide(num_heads, self.num_noise_heads, "signal heads; num_noise_heads:")
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.noise_key_heads = max(kv_heads // repeats, 1)
+        head_dim = divide(width, 2 * num_heads) if head_dim is None else head_dim
+        super().__init__(
+            width,
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            value_dim=2 * head_dim,
+            **arguments,
+        )
+        build = Build.of(arguments)
+        self.lambda_init = ops.differential_lambda_init(depth)
+        normal = nnx.initializers.normal(0.1)
+        self.lambdas = nnx.List([build.param((head_dim,), normal) for _ in range(4)])
+        self.head_norm = build.rms_norm(self.value_dim)
+
+    @property
+    def query_heads(self) -> int:
+        return self.num_heads + self.num_noise_heads
+
+    @property
+    def key_heads(self) -> int:
+        return self.num_kv_heads + self.noise_key_heads
+
+    def _attend(self, q, k, v, mask, rngs):
+        q1, q2 = jnp.split(q, [self.num_heads], axis=2)
+        k1, k2 = jnp.split(k, [self.num_kv_heads], axis=2)
+        vectors = (param[...] for param in self.lambdas)
+        lam = ops.differential_lambda(*vectors, lambda_init=self.lambda_init)
+        return ops.differential_attention(q1, k1, q2, k2, v, lam, mask=mask)
+
+    def _project(self, heads, x):
+        return super()._project((1 - self.lambda_init) * self.head_norm(heads), x)
