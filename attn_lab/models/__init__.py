@@ -2,5 +2,14 @@
 
 from attn_lab.models.decoder import DecoderLM, count_parameters
 from attn_lab.models.generate import generate
+from attn_lab.models.vision import CCT, CVT, CompactTransformer, ViTLite
 
-__all__ = ["DecoderLM", "count_parameters", "generate"]
+__all__ = [
+    "CCT",
+    "CVT",
+    "CompactTransformer",
+    "DecoderLM",
+    "ViTLite",
+    "count_parameters",
+    "generate",
+]

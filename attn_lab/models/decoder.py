@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_lab.nn import Build, Mixer, dropout, find_mixer
+from attn_lab.nn import Build, Mixer, dropout, make_mixer
 
 CAPTURES = "attention_weights", "residual_norms"
 
@@ -139,7 +138,7 @@ class DecoderLM(nnx.Module):
 
         blocks = []
         for depth, (name, arguments) in enumerate(zip(mixers, mixer_args)):
-            mixer = _make_mixer(name, width, depth, max_len, dict(arguments), build)
+            mixer = make_mixer(name, width, arguments, build, depth=depth, context=max_len)
             kind = mlp if mlp in ("gelu", "swiglu") else None
             feed = (
                 MLP(width, round(width * mlp_ratio), kind, bias=bias, build=build) if kind else None
@@ -201,11 +200,6 @@ class DecoderLM(nnx.Module):
         note(x)
         for depth, block in enumerate(self.blocks):
             if "attention_weights" in out:
-                if not hasattr(block.mixer, "weights"):
-                    kind = type(block.mixer).__name__
-                    raise ValueError(
-                        f"capture: layer {depth} is a {kind}, without attention weights"
-                    )
                 weights = block.mixer.weights(block.mixer_norm(x), segment_ids=segment_ids)
                 out["attention_weights"].append(weights)
             state = None if cache is None else cache["layers"][depth]
@@ -235,25 +229,6 @@ class DecoderLM(nnx.Module):
     def state_bytes(self, length: int) -> int:
         """Bytes that decoding keeps for one sequence of that length, at 4 bytes a number."""
         return sum(block.mixer.state_bytes(length) for block in self.blocks)
-
-
-def _make_mixer(
-    name: str, width: int, depth: int, max_len: int, arguments: dict, build: Build
-) -> Mixer:
-    kind = find_mixer(name)
-    known = {
-        parameter
-        for parent in kind.__mro__
-        if "__init__" in vars(parent)
-        for parameter in inspect.signature(parent.__init__).parameters
-    } - {"self", "width", "build", "arguments", "args", "kwargs"}
-    unknown = sorted(set(arguments) - known)
-    if unknown:
-        raise ValueError(f"mixer {name!r} takes no {', '.join(unknown)}; it takes {sorted(known)}")
-    for argument, value in ("depth", depth), ("context", max_len):
-        if argument in known:
-            arguments.setdefault(argument, value)
-    return kind(width, **vars(build), **arguments)
 
 
 def _positions_in_segments(segment_ids: jax.Array) -> jax.Array:

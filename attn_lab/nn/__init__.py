@@ -1,5 +1,9 @@
 """Token mixers as Flax NNX modules: projections and state around an operator."""
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from attn_lab.nn.attention import (
     DifferentialAttention,
     GatedAttention,
@@ -44,6 +48,29 @@ def find_mixer(name: str) -> type[Mixer]:
     return MIXERS[name]
 
 
+def make_mixer(
+    name: str, width: int, arguments: Mapping[str, Any], build: Build, **offered: Any
+) -> Mixer:
+    """The mixer called `name` with its arguments, and of what is offered what it takes.
+
+    Raises:
+      ValueError: if the name is unknown, or an argument is not one of the mixer's.
+    """
+    arguments = dict(arguments)
+    kind = find_mixer(name)
+    known = {
+        parameter
+        for parent in kind.__mro__
+        if "__init__" in vars(parent)
+        for parameter in inspect.signature(parent.__init__).parameters
+    } - {"self", "width", "build", "arguments", "args", "kwargs"}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ValueError(f"mixer {name!r} takes no {', '.join(unknown)}; it takes {sorted(known)}")
+    offered = {name: value for name, value in offered.items() if name in known}
+    return kind(width, **vars(build), **(offered | arguments))
+
+
 __all__ = [
     "MIXERS",
     "BaseConv",
@@ -64,4 +91,5 @@ __all__ = [
     "dropout",
     "find_mixer",
     "l2_norm",
+    "make_mixer",
 ]

@@ -87,6 +87,14 @@ class Mixer(nnx.Module):
         """What decoding `batch` sequences of at most `length` tokens keeps: a pytree of arrays."""
         raise NotImplementedError
 
+    def weights(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The attention weights `[B, H, T, T]` that a call on `x` uses.
+
+        Raises:
+          ValueError: if the mixer has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no attention weights to capture")
+
     def state_bytes(self, length: int) -> int:
         """Bytes that decoding keeps for one sequence of that length, at 4 bytes a number."""
         cache = jax.eval_shape(lambda: self.init_cache(1, length))

@@ -5,3 +5,4 @@ from attn_lab.ops.convolution import *
 from attn_lab.ops.linear import *
 from attn_lab.ops.masks import *
 from attn_lab.ops.positions import *
+from attn_lab.ops.vision import *
