@@ -71,6 +71,14 @@ class Checkpoints:
                 )
                 for path, leaf in leaves
             }
+            found = self._manager.item_metadata(step).tree
+            shapes = [
+                {(name, _stored_shape(array)) for name, array in arrays.items()}
+                for arrays in (found, wanted)
+            ]
+            if shapes[0] != shapes[1]:
+                names = ", ".join(sorted({name for name, _ in shapes[0] ^ shapes[1]}))
+                raise ValueError(f"checkpoint {folder} has not the arrays of this run: {names}")
             restored = self._manager.restore(step, args=self._args.StandardRestore(wanted))
             return jax.tree.unflatten(structure, [restored[name] for name in wanted])
         return None
@@ -100,6 +108,12 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the threads of orbax."""
         self._manager.close()
+
+
+def _stored_shape(array) -> tuple[int, ...]:
+    if array.dtype is not None and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.eval_shape(jax.random.key_data, array)
+    return tuple(array.shape)
 
 
 def _checksums(folder: Path) -> dict[str, int]:
