@@ -2,17 +2,14 @@
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-
-sys.path.insert(0, str(Path(__file__).parent))
-import golden
 
 from attn_lab.catalogue import CATALOGUE, Mechanism, Sizes, find
 
