@@ -146,8 +146,8 @@ def rand_augment(
     fill = jnp.asarray(fill, images.dtype)
 
     def augment(key, image):
-        for key in jax.random.split(key, num_ops):
-            for_op, for_skip, for_strength, for_sign = jax.random.split(key, 4)
+        for op_key in jax.random.split(key, num_ops):
+            for_op, for_skip, for_strength, for_sign = jax.random.split(op_key, 4)
             m = magnitude + magnitude_std * jax.random.normal(for_strength)
             sign = jax.random.rademacher(for_sign, (), images.dtype)
             new = jax.lax.switch(
@@ -247,7 +247,7 @@ def _invert(image, strength, sign, fill):
 
 def _posterize(image, strength, sign, fill):
     step = 2.0 ** (4 + jnp.floor(4 * strength))
-    return jnp.floor(255 * image / step) * step / 255
+    return jnp.floor(jnp.round(255 * image) / step) * step / 255
 
 
 def _solarize(image, strength, sign, fill):

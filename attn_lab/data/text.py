@@ -66,11 +66,15 @@ class Text:
         tokens = self.tokens[split].astype(np.int32)
         windows = -(-(len(tokens) - 1) // length)
         size = -(-windows // batch_size) * batch_size * length
-        inputs, targets = np.zeros(size, np.int32), np.full(size, IGNORE, np.int32)
-        inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
-        shape = (-1, batch_size, length)
-        for inputs, targets in zip(inputs.reshape(shape), targets.reshape(shape)):
-            yield {"inputs": inputs, "targets": targets}
+        padding = size - (len(tokens) - 1)
+        inputs = np.pad(tokens[:-1], (0, padding))
+        targets = np.pad(tokens[1:], (0, padding), constant_values=IGNORE)
+        for i in range(0, size, batch_size * length):
+            rows = slice(i, i + batch_size * length)
+            yield {
+                "inputs": inputs[rows].reshape(batch_size, length),
+                "targets": targets[rows].reshape(batch_size, length),
+            }
 
 
 def load_text(path: str | Path, *, unit: str = "character", valid_fraction: float = 0.1) -> Text:
