@@ -233,10 +233,13 @@ def _auto_contrast(image, strength, sign, fill):
 
 def _equalize(image, strength, sign, fill):
     def channel(x):
-        ranks = jnp.sort(x.ravel())
-        below = jnp.searchsorted(ranks, x.ravel()).reshape(x.shape)
-        others = jnp.searchsorted(ranks, ranks[-1])
-        return jnp.where(others > 0, below / jnp.maximum(others, 1), x)
+        levels = jnp.round(255 * x)
+        ranks = jnp.sort(levels.ravel())
+        below = jnp.searchsorted(ranks, levels.ravel()).reshape(x.shape)
+        # In whole pixels, as image libraries count: it shows on small images.
+        step = jnp.searchsorted(ranks, ranks[-1]) // 255
+        equal = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255) / 255
+        return jnp.where(step > 0, equal, x).astype(x.dtype)
 
     return jax.vmap(channel, -1, -1)(image)
 
