@@ -264,7 +264,7 @@ def plot(runs: Sequence[Run], path: Path, chance: float) -> None:
         right.plot(sizes, best, "o-", color=colours[name], ms=8, label=label)
     left.axhline(chance, color="0.6", lw=1, ls="--")
     left.text(
-        0, chance + 0.01, " guessing among the values seen", color="0.4", va="bottom", fontsize=8
+        0, chance - 0.015, "guessing among the values seen", color="0.4", va="top", fontsize=8
     )
     left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.03), title="Recall while training")
     right.set(xscale="log", xlabel="state for decoding, bytes", title="Best recall against memory")

@@ -16,6 +16,8 @@ from attn_lab.nn.layers import Build, Mixer, ShortConv
 class BaseConv(Mixer):
     """A convolution times a projection, with its own residual: `(conv(x) + b) * (x W + c) + x`.
 
+    A long filter has no bias b.
+
     Args:
       width: C, of the input and output.
       kernel_size: taps of the causal depthwise convolution, or -1 for a filter as long as the
@@ -49,10 +51,9 @@ class BaseConv(Mixer):
         self.project = build.linear(width, width, True)
         none = nnx.data(None)
         short = kernel_size != -1
-        self.conv = ShortConv(width, kernel_size, build=build) if short else none
+        self.conv = ShortConv(width, kernel_size, bias=True, build=build) if short else none
         self.filter_in = none if short else build.linear(3, filter_width, True)
         self.filter_out = none if short else build.linear(filter_width, width, True)
-        self.conv_bias = build.param((width,), nnx.initializers.zeros)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32):
         if self.conv is not None:
@@ -92,7 +93,6 @@ class BaseConv(Mixer):
             skip = jnp.ones(self.width, x.dtype)
             mixed = ops.long_conv(seen.astype(x.dtype), self.filter(seen.shape[1]), skip)
             mixed = jax.lax.dynamic_slice_in_dim(mixed, past, x.shape[1], 1)
-        mixed = mixed + self.conv_bias[...].astype(x.dtype)
         gate = self.project(x)
         if self.activation:
             mixed, gate = jax.nn.silu(mixed), jax.nn.silu(gate)

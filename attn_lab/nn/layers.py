@@ -104,6 +104,8 @@ class Mixer(nnx.Module):
 class ShortConv(nnx.Module):
     """A causal depthwise convolution over `[B, T, C]`, which a segment does not look beyond.
 
+    Its parameters are first uniform within `1 / sqrt(size)`.
+
     Args:
       channels: C.
       size: taps, the present token included.
@@ -112,11 +114,14 @@ class ShortConv(nnx.Module):
     """
 
     def __init__(self, channels: int, size: int, *, bias: bool = False, build: Build):
-        uniform = nnx.initializers.variance_scaling(
-            1 / 3, "fan_in", "uniform", in_axis=0, out_axis=()
-        )
-        self.kernel = build.param((size, channels), uniform)
-        self.bias = build.param((channels,), nnx.initializers.zeros) if bias else nnx.data(None)
+        limit = size**-0.5
+        uniform = nnx.initializers.uniform(2 * limit)
+
+        def centred(*args):
+            return uniform(*args) - limit
+
+        self.kernel = build.param((size, channels), centred)
+        self.bias = build.param((channels,), centred) if bias else nnx.data(None)
         self.dtype = build.dtype
 
     def init_state(self, batch: int, dtype: Any) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_kernels.recurrence.decay import between, decayed, matmul, since_start, until_end
+from attn_kernels.recurrence.triangular import unit_lower_inverse
 
 _remat = functools.partial(jax.checkpoint, prevent_cse=False)
 
@@ -38,17 +39,8 @@ def chunked(q, k, v, log_decay, beta, state, chunk_size, sub_chunk_size):
         product = functools.partial(decayed_product, k=k, log_decay=log_decay, base=sub_chunk_size)
         carried, reader = jnp.exp(since_start(log_decay)), None
         if beta is not None:
-            v, reader = jnp.split(
-                jax.lax.linalg.triangular_solve(
-                    beta * product(k),
-                    beta * jnp.concatenate([v, k * carried], -1),
-                    left_side=True,
-                    lower=True,
-                    unit_diagonal=True,
-                ),
-                [v.shape[-1]],
-                -1,
-            )
+            inverse = unit_lower_inverse(beta * product(k))
+            v, reader = matmul(inverse, beta * v), matmul(inverse, beta * k * carried)
         kept = k * jnp.exp(until_end(log_decay))
         return q * carried, product(q), kept, v, reader, log_decay.sum(-2)
 

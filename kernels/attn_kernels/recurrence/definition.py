@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attn_kernels.recurrence.decay import between, decayed, matmul, since_start, until_end
+from attn_kernels.recurrence.triangular import unit_lower_inverse
 
 
 def update(state, q, k, v, log_decay, beta):
@@ -43,11 +44,7 @@ def parallel(q, k, v, log_decay, beta, state):
     carried = jnp.exp(since_start(log_decay))
     if beta is not None:
         errors = beta * (v - matmul(k * carried, state))
-        v = jax.scipy.linalg.solve_triangular(
-            jnp.eye(k.shape[-2], dtype=k.dtype) + jnp.tril(beta * product(k), -1),
-            errors,
-            lower=True,
-        )
+        v = matmul(unit_lower_inverse(beta * product(k)), errors)
     out = matmul(q * carried, state) + matmul(product(q), v)
     written = matmul((k * jnp.exp(until_end(log_decay))).mT, v)
     return out, decayed(state, log_decay.sum(-2)) + written
