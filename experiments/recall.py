@@ -204,8 +204,8 @@ def train(config: ConfigDict, workdir: str | Path) -> list[Run]:
     points = sweep_points(config)
     for mixer, width, _ in points:
         nnx.eval_shape(functools.partial(make_model, config, mixer, width))
-    workdir = claim_workdir(workdir, config)
     parts = make_parts(config, "train"), make_parts(config, "test")
+    workdir = claim_workdir(workdir, config)
     runs = []
     for point in points:
         print(f"{run_name(*point)}  ({len(runs) + 1} of {len(points)})", flush=True)
