@@ -1,6 +1,8 @@
 import jax
 import pytest
 
+jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are those of float32
+
 
 @pytest.fixture(autouse=True, scope="module")
 def fresh_caches():

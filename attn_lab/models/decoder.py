@@ -12,7 +12,7 @@ from flax import nnx
 
 from attn_lab.nn import Build, Mixer, dropout, make_mixer
 
-CAPTURES = "attention_weights", "residual_norms"
+CAPTURES = "attention_weights", "scores", "residual_norms"
 
 
 class MLP(nnx.Module):
@@ -165,8 +165,8 @@ class DecoderLM(nnx.Module):
           segment_ids: integers `[B, T]`: documents of a packed row, which do not see each other.
           cache: from `init_cache`: these tokens continue what it holds.
           at: positions `[B, N]`; only their logits are computed.
-          capture: intermediates to return: "attention_weights" (`[B, H, T, T]` a layer) and
-            "residual_norms" (`[B, T]` before the first block and after each).
+          capture: intermediates to return: "attention_weights" and "scores" (`[B, H, T, T]` a
+            layer) and "residual_norms" (`[B, T]` before the first block and after each).
           rngs: turns dropout on.
 
         Returns:
@@ -199,9 +199,10 @@ class DecoderLM(nnx.Module):
 
         note(x)
         for depth, block in enumerate(self.blocks):
-            if "attention_weights" in out:
-                weights = block.mixer.weights(block.mixer_norm(x), segment_ids=segment_ids)
-                out["attention_weights"].append(weights)
+            mixer = block.mixer
+            for name, read in ("attention_weights", mixer.weights), ("scores", mixer.scores):
+                if name in out:
+                    out[name].append(read(block.mixer_norm(x), segment_ids=segment_ids))
             state = None if cache is None else cache["layers"][depth]
             x, state = block(x, segment_ids=segment_ids, cache=state, rngs=rngs)
             new.append(state)

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_kernels.attention import Mask, operand
+from attn_kernels.attention import Mask, Pointwise, attention_weights, operand
 from attn_lab import ops
-from attn_lab.nn.layers import Build, Mixer, divide, dropout, split_heads
+from attn_lab.nn.layers import Build, Mixer, append, divide, dropout, split_heads
+
+_identity = Pointwise(lambda scores: scores)
 
 
 class MultiHeadAttention(Mixer):
@@ -118,6 +120,14 @@ class MultiHeadAttention(Mixer):
         unit = jnp.broadcast_to(jnp.eye(length)[:, None], (*v.shape[:3], length))
         return jnp.swapaxes(self._attend(q, k, unit, mask, None), 1, 2)
 
+    def scores(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The scaled scores `[B, H, T, T]` of a call on `x`, -inf where not allowed."""
+        q, k, _, mask, _ = self._inputs(x, segment_ids, None)
+        return self._scores(q, k, mask)
+
+    def _scores(self, q, k, mask):
+        return attention_weights(q, k, mask=mask, normalizer=_identity)
+
     def _inputs(self, x, segment_ids, cache):
         """Queries, keys, values, mask, and the cache after these tokens."""
         q = split_heads(self.query(x), self.query_heads)
@@ -146,10 +156,7 @@ class MultiHeadAttention(Mixer):
             raise ValueError("cache needs causal=True: later tokens change earlier outputs")
         if segment_ids is not None:
             raise ValueError("segment_ids and cache exclude each other: decode one document a row")
-        k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k.astype(cache["key"].dtype), past, 1)
-        v = jax.lax.dynamic_update_slice_in_dim(
-            cache["value"], v.astype(cache["value"].dtype), past, 1
-        )
+        k, v = append(cache["key"], k, past), append(cache["value"], v, past)
         # The engine aligns the last query with the last slot; these queries are `shift` before.
         shift = operand(past + x.shape[1] - k.shape[1], "")
         mask = Mask(_shifted_window(self._reach()[0]), (shift,))
@@ -340,6 +347,7 @@ class DifferentialAttention(MultiHeadAttention):
         repeats = divide(num_heads, self.num_noise_heads, "signal heads; num_noise_heads:")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.noise_key_heads = max(kv_heads // repeats, 1)
+        divide(self.num_noise_heads, self.noise_key_heads, "noise heads; noise key heads:")
         head_dim = divide(width, 2 * num_heads) if head_dim is None else head_dim
         super().__init__(
             width,
@@ -369,6 +377,11 @@ class DifferentialAttention(MultiHeadAttention):
         vectors = (param[...] for param in self.lambdas)
         lam = ops.differential_lambda(*vectors, lambda_init=self.lambda_init)
         return ops.differential_attention(q1, k1, q2, k2, v, lam, mask=mask)
+
+    def _scores(self, q, k, mask):
+        """Those of the signal maps, then those of the noise maps."""
+        pairs = (jnp.split(q, [self.num_heads], 2), jnp.split(k, [self.num_kv_heads], 2))
+        return jnp.concatenate([MultiHeadAttention._scores(self, *p, mask) for p in zip(*pairs)], 1)
 
     def _project(self, heads, x):
         return super()._project((1 - self.lambda_init) * self.head_norm(heads), x)

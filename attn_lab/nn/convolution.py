@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_lab import ops
-from attn_lab.nn.layers import Build, Mixer, ShortConv
+from attn_lab.nn.layers import Build, Mixer, ShortConv, append
 
 
 class BaseConv(Mixer):
@@ -24,7 +24,7 @@ class BaseConv(Mixer):
         sequence, an MLP of position, through which x passes once more unfiltered.
       activation: "silu" on both factors, or None.
       filter_width: hidden units of the long filter's MLP.
-      length: the length at which the features of the long filter span their range.
+      context: the training length, at which the features of the long filter span their range.
       build: keywords of `Build`.
 
     Source: Arora et al., Zoology, 2023, arXiv 2312.04927.
@@ -37,7 +37,7 @@ class BaseConv(Mixer):
         kernel_size: int = 3,
         activation: str | None = None,
         filter_width: int = 16,
-        length: int = 64,
+        context: int = 64,
         **build: Any,
     ):
         if kernel_size != -1 and kernel_size < 1:
@@ -47,7 +47,7 @@ class BaseConv(Mixer):
         if activation not in (None, "silu"):
             raise ValueError(f"activation must be None or 'silu', got {activation!r}")
         build = Build(**build)
-        self.width, self.length, self.activation = width, length, activation
+        self.width, self.context, self.activation = width, context, activation
         self.project = build.linear(width, width, True)
         none = nnx.data(None)
         short = kernel_size != -1
@@ -67,8 +67,8 @@ class BaseConv(Mixer):
     def filter(self, length: int) -> jax.Array:
         """The long filter, `[C, length]`."""
         t = jnp.arange(length)
-        angle = 2e-4 * math.pi * t / self.length
-        features = [t / max(self.length - 1, 1), jnp.cos(angle), -jnp.sin(angle)]
+        angle = 2e-4 * math.pi * t / self.context
+        features = [t / max(self.context - 1, 1), jnp.cos(angle), -jnp.sin(angle)]
         hidden = jax.nn.relu(self.filter_in(jnp.stack(features, -1)))
         return self.filter_out(hidden).T
 
@@ -87,8 +87,7 @@ class BaseConv(Mixer):
             seen, past = x, 0
             if cache is not None:
                 past = cache["index"]
-                whole = cache["seen"]
-                seen = jax.lax.dynamic_update_slice_in_dim(whole, x.astype(whole.dtype), past, 1)
+                seen = append(cache["seen"], x, past)
                 new = {"index": past + x.shape[1], "seen": seen}
             skip = jnp.ones(self.width, x.dtype)
             mixed = ops.long_conv(seen.astype(x.dtype), self.filter(seen.shape[1]), skip)

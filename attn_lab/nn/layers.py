@@ -95,6 +95,10 @@ class Mixer(nnx.Module):
         """
         raise ValueError(f"{type(self).__name__} has no attention weights to capture")
 
+    def scores(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The scores `[B, H, T, T]` from which those weights come; ValueError as there."""
+        raise ValueError(f"{type(self).__name__} has no scores to capture")
+
     def state_bytes(self, length: int) -> int:
         """Bytes that decoding keeps for one sequence of that length, at 4 bytes a number."""
         cache = jax.eval_shape(lambda: self.init_cache(1, length))
@@ -162,6 +166,22 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def append(buffer: jax.Array, new: jax.Array, past: jax.Array) -> jax.Array:
+    """A cache `[B, length, ...]` of which `past` entries are filled, and then `new` ones.
+
+    Entries beyond its length, which only the running program can see, are NaN and so is all that
+    reads them.
+
+    Raises:
+      ValueError: if the new entries alone exceed the length.
+    """
+    length, count = buffer.shape[1], new.shape[1]
+    if count > length:
+        raise ValueError(f"a cache of length {length} cannot take {count} tokens")
+    new = jnp.where(past + count <= length, new, jnp.nan).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, past, 1)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

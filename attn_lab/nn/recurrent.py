@@ -189,6 +189,7 @@ class LinearAttention(MatrixStateMixer):
 
     def heads(self, q, k, v, positions):
         phi = ops.feature_map(self.feature_map)
+        v = v.astype(jnp.result_type(v, jnp.float32))  # the sum of weights is not to be rounded
         return phi(q), phi(k), jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
 
     def finish(self, y):

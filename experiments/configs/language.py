@@ -10,7 +10,7 @@ reads `data/tinyshakespeare/input.txt` (--config.data_dir says where `data` is).
 | preset | expected validation loss | time |
 | --- | --- | --- |
 | shakespeare_char_small | 1.88 nats per character at the end | 3 minutes on 2 CPU cores |
-| shakespeare_char | 1.4697 at the best evaluation | 3 minutes on one H100 |
+| shakespeare_char | 1.4697 at the best evaluation | 2 minutes on one H100 |
 
 The expected losses are those that nanoGPT's readme states (Karpathy 2022,
 https://github.com/karpathy/nanoGPT).

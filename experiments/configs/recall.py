@@ -55,7 +55,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
                 "positions": None,
                 "dropout": 0.1,
             },
-            "models": models(window=8, length=32),
+            "models": models(),
             "optimizer": {
                 "schedule": "constant",
                 "weight_decay": 0.1,
@@ -76,10 +76,10 @@ def get_config(preset: str = "quick") -> ConfigDict:
     return config
 
 
-def models(window: int, length: int) -> dict:
+def models(window: int = 8) -> dict:
     """The models of the quick preset and of figure 2: settings of `DecoderLM` by name."""
     attention = {"num_heads": 1, "bias": True, "out_bias": True, "dropout": 0.1}
-    convolutions = [{"kernel_size": 3}, {"kernel_size": -1, "length": length}]
+    convolutions = [{"kernel_size": 3}, {"kernel_size": -1}]
     return {
         "softmax": {
             "mixers": "dot_product_attention",
@@ -128,7 +128,6 @@ def zoology(config: ConfigDict, length: int) -> None:
         learning_rates=preset["learning_rates"],
         optimizer={"schedule": preset["schedule"], "weight_decay": preset["weight_decay"]},
     )
-    config.models = models(window=8, length=length)
 
 
 def recall_memory(config: ConfigDict) -> None:

@@ -78,10 +78,11 @@ def test_initial_scale_of_projections_to_the_stream():
 
 def test_capture():
     lm, ids = model(), tokens()
-    logits, out = lm(ids, capture=("attention_weights", "residual_norms"))
+    logits, out = lm(ids, capture=("attention_weights", "scores", "residual_norms"))
     close(logits, lm(ids)[0])
     assert [w.shape for w in out["attention_weights"]] == [(2, 4, 10, 10)] * 2
     close(out["attention_weights"][1].sum(-1), jnp.ones((2, 4, 10)))
+    close(jax.nn.softmax(out["scores"][1]), out["attention_weights"][1])
     assert len(out["residual_norms"]) == 3 and lm(ids)[1] == {}
     with pytest.raises(ValueError, match="capture must be of"):
         lm(ids, capture=("weights",))

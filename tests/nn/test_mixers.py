@@ -29,7 +29,7 @@ CASES = [(name, {}) for name in MIXERS] + [
     ("delta_rule", {"beta": False}),
     ("gated_delta_rule", {"num_heads": 2, "head_dim": 4, "expand_v": 1.0}),
     ("base_conv", {"activation": "silu"}),
-    ("base_conv", {"kernel_size": -1, "length": 9}),
+    ("base_conv", {"kernel_size": -1}),
 ]
 DEFAULTS = {"gated_delta_rule": {"num_heads": 4}}
 cases = pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_bfloat16_computes_and_float32_is_kept(name):
     assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()
     exact = make(name, {})(x.astype(jnp.float32))
     assert jnp.abs(y - exact).max() < 0.1 * jnp.abs(exact).max()
-    step, cache = mixer(x[:, :1], cache=mixer.init_cache(2, 4, jnp.bfloat16))
+    step, _ = mixer(x[:, :1], cache=mixer.init_cache(2, 4, jnp.bfloat16))
     assert step.dtype == jnp.bfloat16
 
 
@@ -166,6 +166,11 @@ def test_state_bytes():
         ("gated_attention", {"position": "G6"}, "position must be one of G1"),
         ("gated_attention", {"position": "G5", "granularity": "headwise"}, "headwise"),
         ("differential_attention", {"num_noise_heads": 3}, "num_noise_heads"),
+        (
+            "differential_attention",
+            {"num_heads": 30, "head_dim": 2, "num_kv_heads": 15, "num_noise_heads": 15},
+            "noise key heads",
+        ),
         ("delta_rule", {"num_heads": 3}, "must divide the key width 16"),
         ("linear_attention", {"feature_map": "cos"}, "feature_map must be one of"),
         ("gated_linear_attention", {"gate": "vector"}, "gate must be 'channel' or 'scalar'"),
@@ -175,6 +180,15 @@ def test_state_bytes():
 def test_errors_name_the_argument(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, arguments)
+
+
+def test_a_full_cache_is_not_silent():
+    for name, arguments in ("dot_product_attention", {}), ("base_conv", {"kernel_size": -1}):
+        mixer, x = make(name, arguments), tokens()
+        with pytest.raises(ValueError, match="length 8 cannot take 9 tokens"):
+            mixer(x, cache=mixer.init_cache(2, 8))
+        _, cache = mixer(x[:, :8], cache=mixer.init_cache(2, 8))
+        assert jnp.isnan(mixer(x[:, 8:], cache=cache)[0]).all()
 
 
 def test_decoding_needs_causality():
