@@ -250,24 +250,23 @@ def plot(runs: Sequence[Run], path: Path, chance: float) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(run.mixer for run in runs))
-    colours = {name: f"C{n}" for n, name in enumerate(names)}
-    for name in names:
-        own = [run for run in best_runs(runs) if run.mixer == name]
-        for n, run in enumerate(own):
-            steps, values = zip(*[(0, 0.0), *run.curve])
-            left.plot(
-                steps, values, color=colours[name], lw=1.8, alpha=(n + 1) / len(own), label=""
-            )
-        own.sort(key=lambda run: run.state_bytes)
-        sizes, best = zip(*[(run.state_bytes, run.accuracy) for run in own])
+    for n, name in enumerate(names):
+        colour, marker = f"C{n % 10}", "osD^vPX*"[n % 8]
+        own = sorted((r for r in best_runs(runs) if r.mixer == name), key=lambda r: r.state_bytes)
+        for i, run in enumerate(own):
+            curve = zip(*[(0, 0.0), *run.curve])
+            left.plot(*curve, color=colour, lw=1.8, alpha=(i + 1) / len(own))
+        points = zip(*[(run.state_bytes, run.accuracy) for run in own])
         label = name.replace("_", " ")
-        right.plot(sizes, best, "o-", color=colours[name], ms=8, label=label)
-    left.axhline(chance, color="0.6", lw=1, ls="--")
-    left.text(
-        0, chance - 0.015, "guessing among the values seen", color="0.4", va="top", fontsize=8
-    )
+        right.plot(*points, color=colour, marker=marker, ms=9, mec="w", alpha=0.9, label=label)
+    left.axhline(chance, color="0.5", lw=1, ls="--")
+    note = {"color": "0.4", "va": "top", "fontsize": 8, "transform": left.get_yaxis_transform()}
+    left.text(0.99, chance - 0.01, "guessing among the values seen", ha="right", **note)
     left.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.03), title="Recall while training")
-    right.set(xscale="log", xlabel="state for decoding, bytes", title="Best recall against memory")
+    sizes = [run.state_bytes for run in runs]
+    right.set(xscale="log", xlim=(min(sizes) / 3, max(sizes) * 3))
+    right.xaxis.set_minor_formatter("")
+    right.set(xlabel="state for decoding, bytes", title="Best recall against memory")
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
