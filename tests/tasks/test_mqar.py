@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import golden
 from attn_lab.tasks import mqar, mqar_assemble, mqar_slot_probabilities
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("stem", ["mqar_assemble", "mqar_slot_probabilities"])
+def test_golden(stem, wide):
+    with jax.enable_x64(wide):
+        golden.check(stem, wide)
 
 
 @st.composite
