@@ -1,6 +1,7 @@
 import itertools
 from collections import Counter
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import golden
 from attn_lab.tasks import mqar, mqar_assemble, mqar_slot_probabilities
 
 
