@@ -10,6 +10,7 @@ The workdir receives `config.json`, `metrics.jsonl`, `timing.jsonl`, `checkpoint
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -114,6 +115,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     size = config.batch_size
     epoch = steps_per_epoch(len(images.splits["train"]), size)
     steps = round(config.epochs * epoch)
+    every = math.ceil(config.eval_epochs * epoch)
     optimizer = config.optimizer.to_dict()
     optimizer["warmup"] = round(config.warmup_epochs * epoch)
 
@@ -132,8 +134,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         workdir=workdir,
         config=config,
         log_every=config.log_every,
-        eval_every=round(config.eval_epochs * epoch),
-        checkpoint_every=round(config.eval_epochs * epoch),
+        eval_every=every,
+        checkpoint_every=every,
         mesh=make_mesh(**config.mesh.to_dict()),
         rules=FSDP,
         unit=("images", size),

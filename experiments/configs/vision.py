@@ -6,7 +6,8 @@ reads `data/mnist/mnist.npz` or `data/cifar10/` (--config.data_dir says where `d
 `--config.dataset=NAME` takes any image set of TensorFlow Datasets, `--config.model.mixer=NAME` any
 mixer of `attn_lab.nn.MIXERS` that takes `causal`.
 
-- mnist (default): CCT-2/3x2 for 2 epochs of shifted digits. Test accuracy above 0.97.
+- mnist (default): CCT-2/3x2 for 2 epochs of shifted digits. Test accuracy 0.98, under ten minutes
+  on 2 CPU cores, 37 seconds on one H100.
 - cct_quick: CCT-2/3x2 on CIFAR-10 for 10 epochs with crops and flips.
 - cct_2_3x2, cct_4_3x2, cct_6_3x1, cct_6_3x2, cct_7_3x1, cct_7_3x2, cvt_2_4, cvt_4_4, cvt_6_4,
   cvt_7_4, vit_lite_2_4, vit_lite_4_4, vit_lite_6_4, vit_lite_7_4: CIFAR-10 for 300 epochs with
