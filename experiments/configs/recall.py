@@ -76,7 +76,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     return config
 
 
-def models(window: int = 8) -> dict:
+def models() -> dict:
     """The models of the quick preset and of figure 2: settings of `DecoderLM` by name."""
     attention = {"num_heads": 1, "bias": True, "out_bias": True, "dropout": 0.1}
     convolutions = [{"kernel_size": 3}, {"kernel_size": -1}]
@@ -88,7 +88,7 @@ def models(window: int = 8) -> dict:
         },
         "sliding_window": {
             "mixers": "dot_product_attention",
-            "mixer_args": attention | {"window": window},
+            "mixer_args": attention | {"window": 8},
         },
         "base_conv": {"mixer_args": convolutions},
         "base_conv_4": {"mixers": "base_conv", "mixer_args": 2 * convolutions, "num_layers": 4},
