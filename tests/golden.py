@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import attn_lab.models
 import attn_lab.ops
 import attn_lab.tasks
 
@@ -16,7 +17,7 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 def resolve(path: str):
     package, room, name = path.split(".")
     assert package == "attn_lab"
-    return getattr({"ops": attn_lab.ops, "tasks": attn_lab.tasks}[room], name)
+    return getattr(getattr(attn_lab, room), name)
 
 
 def read(stem: str):

@@ -2,6 +2,7 @@
 
 from attn_lab.models.decoder import DecoderLM, count_parameters
 from attn_lab.models.generate import generate
+from attn_lab.models.parity import first_logit, parity_logit
 from attn_lab.models.vision import CCT, CVT, CompactTransformer, ViTLite
 
 __all__ = [
@@ -11,5 +12,7 @@ __all__ = [
     "DecoderLM",
     "ViTLite",
     "count_parameters",
+    "first_logit",
     "generate",
+    "parity_logit",
 ]

@@ -1,8 +1,12 @@
 """Mechanisms as pure functions: arrays in, arrays out."""
 
 from attn_lab.ops.attention import *
+from attn_lab.ops.biases import *
 from attn_lab.ops.convolution import *
+from attn_lab.ops.differential import *
 from attn_lab.ops.linear import *
 from attn_lab.ops.masks import *
 from attn_lab.ops.positions import *
+from attn_lab.ops.relations import *
+from attn_lab.ops.scores import *
 from attn_lab.ops.vision import *

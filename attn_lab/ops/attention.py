@@ -11,9 +11,6 @@ from attn_lab.ops.masks import as_mask
 
 __all__ = [
     "apply_gate",
-    "differential_attention",
-    "differential_lambda",
-    "differential_lambda_init",
     "dot_product_attention",
     "gated_attention",
     "sigmoid_attention",
@@ -69,7 +66,7 @@ def dot_product_attention(
 
     Source: Vaswani et al., 2017, arXiv 1706.03762.
     """
-    score_mod = _chain(None if soft_cap is None else ScoreMod(_cap, (_number(soft_cap),)), bias)
+    score_mod = bias_mod(bias, None if soft_cap is None else ScoreMod(_cap, (_number(soft_cap),)))
     part = dict(mask=as_mask(mask, causal), score_mod=score_mod, scale=scale)
     if not return_weights:
         return engine.attention(q, k, v, implementation=implementation, **part)
@@ -114,7 +111,7 @@ def sigmoid_attention(
         k,
         v,
         mask=as_mask(mask, causal),
-        score_mod=_chain(ScoreMod(_add, (_number(logit_bias),)), bias),
+        score_mod=bias_mod(bias, ScoreMod(_add, (_number(logit_bias),))),
         normalizer=engine.sigmoid,
         scale=scale,
         implementation=implementation,
@@ -158,7 +155,7 @@ def sink_attention(
         raise ValueError("sink_value needs sink_key; a value bias alone is added to the output")
     normalizer = engine.softmax if sink_logit is None else engine.softmax_with_sink(sink_logit)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    part = dict(mask=as_mask(mask, causal), score_mod=_chain(None, bias), scale=scale)
+    part = dict(mask=as_mask(mask, causal), score_mod=bias_mod(bias), scale=scale)
     part |= dict(normalizer=normalizer, implementation=implementation)
     if sink_key is None:
         return engine.attention(q, k, v, **part)
@@ -258,77 +255,6 @@ def gated_attention(
     return apply_gate(out, gate)
 
 
-def differential_attention(
-    q1: jax.Array,
-    k1: jax.Array,
-    q2: jax.Array,
-    k2: jax.Array,
-    v: jax.Array,
-    lam: float | jax.Array,
-    *,
-    mask: Mask | jax.Array | None = None,
-    bias: jax.Array | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    implementation: str | None = None,
-) -> jax.Array:
-    """The difference of two softmax maps: `(softmax(q1 k1^T) - lam softmax(q2 k2^T)) v`.
-
-    Args:
-      q1, k1: signal, `[B, T, H, D]` and `[B, S, K, D]`.
-      q2, k2: noise, `[B, T, H2, D]` and `[B, S, K2, D]`; H2 divides H, and signal head h uses the
-        noise map `h // (H / H2)` (grouped differential attention if H2 < H).
-      v: `[B, S, Kv, Dv]`; Kv divides H.
-      lam: a number or `[H]`.
-      mask, bias, causal, scale, implementation: as in `dot_product_attention`, for both maps; with
-        a head axis they need H2 = H.
-
-    Returns:
-      `[B, T, H, Dv]` in the dtype of v.
-
-    Raises:
-      ValueError: if head counts do not divide or shapes do not fit.
-
-    Source: Ye et al., Differential Transformer, 2024, arXiv 2410.05258; grouped: 2025, arXiv
-    2510.06949.
-    """
-    heads, noise_heads, value_heads = q1.shape[2], q2.shape[2], v.shape[2]
-    if heads % noise_heads:
-        raise ValueError(f"q2 has {noise_heads} heads, which do not divide the {heads} of q1")
-    lam = jnp.asarray(lam)
-    if lam.shape not in ((), (heads,)):
-        raise ValueError(f"lam must be a number or [{heads}], got shape {lam.shape}")
-    part = dict(mask=mask, bias=bias, causal=causal, scale=scale, implementation=implementation)
-    if noise_heads % value_heads:  # a noise map that several value heads read, once for each
-        q2 = jnp.repeat(q2, heads // noise_heads, axis=2)
-    signal = dot_product_attention(q1, k1, v, **part)
-    noise = dot_product_attention(q2, k2, v, **part)
-    noise = jnp.repeat(noise, heads // noise.shape[2], axis=2)
-    return (signal - lam[..., None] * noise).astype(v.dtype)
-
-
-def differential_lambda(
-    lq1: jax.Array, lk1: jax.Array, lq2: jax.Array, lk2: jax.Array, *, lambda_init: float
-) -> jax.Array:
-    """The weight of the noise map: `exp(<lq1, lk1>) - exp(<lq2, lk2>) + lambda_init`, a number.
-
-    Args:
-      lq1, lk1, lq2, lk2: learned vectors `[D]`.
-      lambda_init: see `differential_lambda_init`.
-
-    Source: Ye et al., 2024, arXiv 2410.05258.
-    """
-    return jnp.exp(jnp.sum(lq1 * lk1)) - jnp.exp(jnp.sum(lq2 * lk2)) + lambda_init
-
-
-def differential_lambda_init(depth: int) -> float:
-    """The first weight of the noise map at a layer, counted from 0: `0.8 - 0.6 exp(-0.3 depth)`.
-
-    Source: Ye et al., 2024, arXiv 2410.05258.
-    """
-    return 0.8 - 0.6 * math.exp(-0.3 * depth)
-
-
 def _cap(score, b, h, q_index, k_index, cap):
     return soft_cap(score, cap)
 
@@ -341,7 +267,7 @@ def _number(x) -> jax.Array:
     return operand(jnp.asarray(x, jnp.result_type(float)), "")
 
 
-def _chain(score_mod: ScoreMod | None, bias: jax.Array | None) -> ScoreMod | None:
+def bias_mod(bias: jax.Array | None, score_mod: ScoreMod | None = None) -> ScoreMod | None:
     """`score_mod`, if any, and then the bias, if any."""
     if bias is None:
         return score_mod

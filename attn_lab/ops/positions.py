@@ -12,6 +12,8 @@ __all__ = [
     "alibi_bias_factors",
     "alibi_slopes",
     "apply_rotary",
+    "relative_position_bias",
+    "relative_position_bucket",
     "rotary_frequencies",
 ]
 
@@ -167,6 +169,83 @@ def alibi_bias_factors(num_heads: int, q_len: int, k_len: int) -> tuple[jax.Arra
     of_query = jnp.stack([jnp.broadcast_to(slopes, (q_len, num_heads)), -slopes * positions], -1)
     keys = jnp.broadcast_to(jnp.arange(k_len, dtype=slopes.dtype)[:, None], (k_len, num_heads))
     return of_query[None], jnp.stack([keys, jnp.ones_like(keys)], -1)[None]
+
+
+def relative_position_bucket(
+    relative_position: jax.Array,
+    *,
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> jax.Array:
+    """Buckets of distances, one by one for near and logarithmic for far keys.
+
+    With n buckets a side and `e = n / 2`, distance d is in bucket d below e, and from there in
+    `e + floor((n - e) log(d / e) / log(max_distance / e))`, at most `n - 1`.
+
+    Args:
+      relative_position: integers, key minus query, any shape.
+      bidirectional: whether keys ahead have the second half of the buckets; else they are at 0.
+      num_buckets: of both sides together.
+      max_distance: from which on all keys share a bucket.
+
+    Returns:
+      The shape of `relative_position`, int32 within 0 and `num_buckets - 1`.
+
+    Raises:
+      ValueError: if the buckets are too few, or reach further than `max_distance`.
+
+    Source: Raffel et al., T5, 2019, arXiv 1910.10683.
+    """
+    side = num_buckets // 2 if bidirectional else num_buckets
+    near = side // 2
+    if near < 1 or max_distance <= near:
+        raise ValueError(
+            f"num_buckets={num_buckets} must leave at least 2 a side, and max_distance must be "
+            f"above {near}, got {max_distance}"
+        )
+    # The least distances of buckets 1, 2, ..., with slack for those that are exact powers.
+    steps = (np.arange(1, side - near) - 1e-6) / (side - near)
+    edges = [*range(1, near + 1), *np.ceil(near * (max_distance / near) ** steps).astype(int)]
+    ahead = relative_position > 0
+    distance = jnp.abs(relative_position) if bidirectional else jnp.maximum(-relative_position, 0)
+    bucket = jnp.searchsorted(jnp.array(edges), distance, side="right").astype(jnp.int32)
+    return bucket + side * ahead if bidirectional else bucket
+
+
+def relative_position_bias(
+    table: jax.Array,
+    *,
+    q_len: int,
+    k_len: int,
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> jax.Array:
+    """A learned number for every head and bucket of distances, added to scores.
+
+    Args:
+      table: `[num_buckets, H]`.
+      q_len, k_len: T and S; the last query meets the last key.
+      bidirectional, num_buckets, max_distance: as in `relative_position_bucket`.
+
+    Returns:
+      `[1, H, q_len, k_len]`.
+
+    Raises:
+      ValueError: if the table has another number of buckets.
+
+    Source: Raffel et al., T5, 2019, arXiv 1910.10683; T5 does not scale its scores otherwise.
+    """
+    if table.ndim != 2 or table.shape[0] != num_buckets:
+        raise ValueError(f"table must be [{num_buckets}, H], got {list(table.shape)}")
+    bucket = relative_position_bucket(
+        jnp.arange(k_len) - _query_positions(q_len, k_len)[:, None],
+        bidirectional=bidirectional,
+        num_buckets=num_buckets,
+        max_distance=max_distance,
+    )
+    return jnp.moveaxis(table[bucket], -1, 0)[None]
 
 
 def _query_positions(q_len: int, k_len: int) -> jax.Array:

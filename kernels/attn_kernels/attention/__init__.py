@@ -12,6 +12,7 @@ from attn_kernels.attention.normalizer import (
     softmax_with_sink,
 )
 from attn_kernels.attention.operand import operand
+from attn_kernels.attention.rows import allowed_rows, map_query_blocks
 from attn_kernels.attention.score_mod import ScoreMod
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "Pointwise",
     "ScoreMod",
     "Softmax",
+    "allowed_rows",
     "attention",
     "attention_weights",
+    "map_query_blocks",
     "operand",
     "relu",
     "sigmoid",
