@@ -3,13 +3,14 @@
 `python -m attn_lab.catalogue README.md` writes the table of mechanisms into that file.
 """
 
-from attn_lab.catalogue import attention, masks, positions, recurrence
+from attn_lab.catalogue import attention, heads, masks, positions, recurrence
 from attn_lab.catalogue.mechanism import KINDS, Mechanism, Sizes
 
 START, END = "<!-- mechanisms: start -->", "<!-- mechanisms: end -->"
 
 CATALOGUE: tuple[Mechanism, ...] = (
     *attention.ROWS,
+    *heads.ROWS,
     *recurrence.ROWS,
     *masks.ROWS,
     *positions.ROWS,

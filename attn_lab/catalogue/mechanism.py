@@ -32,7 +32,7 @@ class Mechanism:
       name: under which experiments, benchmarks and documents know it.
       function: the operator.
       title, year, arxiv: the paper that defined it; `arxiv` may be empty.
-      family: "attention", "recurrence", "convolution", "mask" or "position".
+      family: "attention", "recurrence", "convolution", "head", "mask" or "position".
       arguments: array arguments by name: a kind (see `KINDS`) and the shape, of letters of `Sizes`
         and numbers.
       settings: other keyword arguments.

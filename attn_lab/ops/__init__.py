@@ -4,6 +4,9 @@ from attn_lab.ops.attention import *
 from attn_lab.ops.biases import *
 from attn_lab.ops.convolution import *
 from attn_lab.ops.differential import *
+from attn_lab.ops.heads import *
+from attn_lab.ops.latent import *
+from attn_lab.ops.lean import *
 from attn_lab.ops.linear import *
 from attn_lab.ops.masks import *
 from attn_lab.ops.positions import *
