@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from attn_kernels.attention import definition, streaming
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, softmax
+from attn_kernels.attention.passes import Rows, settle
+from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
 from attn_kernels.attention.tile import Tile
 
@@ -19,6 +21,7 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    score: Score | None = None,
     mask: Mask | None = None,
     score_mod: ScoreMod | None = None,
     normalizer: Normalizer = softmax,
@@ -36,10 +39,11 @@ def attention(
       q: queries `[B, T, H, D]`.
       k: keys `[B, S, K, D]`; K divides H.
       v: values `[B, S, Kv, Dv]`; Kv divides H.
+      score: what takes the place of the inner product; None is `<q_t, k_j>`.
       mask: the pattern; None allows every pair.
       score_mod: applied to the scaled scores before the mask.
       normalizer: `softmax`, `softmax_with_sink(...)`, `sigmoid`, `relu` or another `Normalizer`.
-      scale: a number, by default `1 / sqrt(D)`.
+      scale: a number, by default `1 / sqrt(D)`, or 1 with a `score`.
       return_stats: whether to return the statistics of the rows as well.
       implementation: "definition" (materialises the weights, O(T S) memory), "xla" (streams over
         tiles, O(T + S) memory, differentiable any number of times in both modes), or None for the
@@ -53,11 +57,11 @@ def attention(
       ValueError: if shapes do not fit, an implementation is unknown, or statistics are asked of a
         normaliser that has none.
     """
-    tile = tile_of(q, k, v, mask, score_mod, normalizer, scale)
+    tile = tile_of(q, k, v, mask, score_mod, normalizer, scale, score)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    out, stats = IMPLEMENTATIONS[implementation or "xla"](tile)
+    out, stats = settle(tile, IMPLEMENTATIONS[implementation or "xla"])
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
     if not return_stats:
         return out
@@ -71,16 +75,68 @@ def attention_weights(
     q: jax.Array,
     k: jax.Array,
     *,
+    score: Score | None = None,
     mask: Mask | None = None,
     score_mod: ScoreMod | None = None,
     normalizer: Normalizer = softmax,
     scale: float | jax.Array | None = None,
 ) -> jax.Array:
     """The weights `w(s[t, j])` of `attention`: `[B, H, T, S]` in float32 or better."""
-    return definition.weights(tile_of(q, k, k, mask, score_mod, normalizer, scale))[0]
+    return definition.weights(tile_of(q, k, k, mask, score_mod, normalizer, scale, score))
 
 
-def tile_of(q, k, v, mask, score_mod, normalizer, scale) -> Tile:
+def best_key(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    score: Score | None = None,
+    mask: Mask | None = None,
+    score_mod: ScoreMod | None = None,
+    scale: float | jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The key of the largest score, the first of equals: `argmax_j s[t, j]`.
+
+    Args:
+      q, k, score, mask, score_mod, scale, implementation: as in `attention`.
+
+    Returns:
+      int32 `[B, T, H]`; -1 without allowed keys.
+    """
+    tile = tile_of(q, k, k, mask, score_mod, softmax, scale, score)
+    rows = Rows(jax.lax.stop_gradient(tile), IMPLEMENTATIONS[implementation or "xla"])
+    first = rows.modified(_position_of, rows.largest(1)).largest(1)
+    return jnp.swapaxes(jnp.where(first == -jnp.inf, -1, -first)[..., 0], 1, 2).astype(jnp.int32)
+
+
+def _position_of(score, b, h, q_index, k_index, best):
+    # A score computed again may round below itself.
+    least = best - 4 * jnp.finfo(best.dtype).eps * jnp.abs(best)
+    return jnp.where(score >= least, -k_index, -jnp.inf)
+
+
+def normalize(scores: jax.Array, normalizer: Normalizer) -> jax.Array:
+    """The weights that a normaliser gives to explicit scores.
+
+    Args:
+      scores: `[B, H, T, S]`, -inf where a pair is not allowed.
+      normalizer: as in `attention`.
+
+    Returns:
+      `[B, H, T, S]` in float32 or better; 0 where not allowed.
+    """
+    batch, heads, q_len, k_len = scores.shape
+    wide = jnp.result_type(jnp.float32, scores.dtype)
+    q, k = jnp.zeros((batch, q_len, heads, 1), wide), jnp.zeros((batch, k_len, 1, 1), wide)
+    given = ScoreMod(_replace, (scores.astype(wide),))
+    return definition.weights(tile_of(q, k, k, None, given, normalizer, None))
+
+
+def _replace(score, b, h, q_index, k_index, given):
+    return given
+
+
+def tile_of(q, k, v, mask, score_mod, normalizer, scale, score=None) -> Tile:
     """The checked arguments of attention, heads first."""
     for name, x in ("q", q), ("k", k), ("v", v):
         if jnp.ndim(x) != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -92,7 +148,7 @@ def tile_of(q, k, v, mask, score_mod, normalizer, scale) -> Tile:
             raise ValueError(f"{name} must have at least one position, got shape {x.shape}")
     batch, q_len, heads, dim = q.shape
     k_len = k.shape[1]
-    if k.shape[0] != batch or k.shape[3] != dim:
+    if k.shape[0] != batch or (score is None and k.shape[3] != dim):
         raise ValueError(f"k {k.shape} must have the batch and dim of q {q.shape}")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v {v.shape} must have the batch and length of k {k.shape}")
@@ -109,7 +165,9 @@ def tile_of(q, k, v, mask, score_mod, normalizer, scale) -> Tile:
                 )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     wide = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
-    scale = jnp.asarray(1 / math.sqrt(dim) if scale is None else scale, wide)
+    if scale is None:
+        scale = 1 / math.sqrt(dim) if score is None else 1
+    scale = jnp.asarray(scale, wide)
     if scale.ndim:
         raise ValueError(f"scale must be a number, got shape {scale.shape}; use a score_mod")
-    return Tile(q, k, v, scale, mask, score_mod, normalizer)
+    return Tile(q, k, v, scale, score, mask, score_mod, normalizer)

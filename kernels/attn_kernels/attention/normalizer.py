@@ -77,21 +77,21 @@ class Softmax(Normalizer):
 
     def partial(self, scores):
         top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        return top, jnp.exp(_below(scores, top)).sum(-1, keepdims=True)
+        return top, jnp.exp(below(scores, top)).sum(-1, keepdims=True)
 
     def combine(self, a, b):
         top = jnp.maximum(a[0], b[0])
-        return top, a[1] * jnp.exp(_below(a[0], top)) + b[1] * jnp.exp(_below(b[0], top))
+        return top, a[1] * jnp.exp(below(a[0], top)) + b[1] * jnp.exp(below(b[0], top))
 
     def weight(self, scores, stats):
         top, total = stats
-        return jnp.exp(_below(scores, top)) / jnp.where(total > 0, total, 1)
+        return jnp.exp(below(scores, top)) / jnp.where(total > 0, total, 1)
 
     def rescale(self, old, new):
         return self.weight(old[0], new) * old[1]
 
     def influence(self, scores, stats):
-        return None, jnp.exp(_below(scores, stats[0]))
+        return None, jnp.exp(below(scores, stats[0]))
 
     def report(self, stats):
         top, total = stats
@@ -99,7 +99,7 @@ class Softmax(Normalizer):
         return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)
 
 
-def _below(scores: jax.Array, top: jax.Array) -> jax.Array:
+def below(scores: jax.Array, top: jax.Array) -> jax.Array:
     """`scores - top`, never positive: scores computed again may round above their maximum."""
     difference = scores - jnp.where(top == -jnp.inf, 0, top)
     return difference - jax.lax.stop_gradient(jnp.maximum(difference, 0))

@@ -7,6 +7,7 @@ the passes. JAX transposes that formula for reverse mode and differentiates it f
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,15 @@ from attn_kernels.varying import varying_like
 BLOCK = 512
 
 
-def attend(tile: Tile, block_q: int = BLOCK, block_k: int = BLOCK):
+def attend(tile: Tile, block_q: int | None = None, block_k: int | None = None):
     """The output `[B, H, T, Dv]` in float32 or better, and the statistics of the rows."""
     q_len, k_len = tile.q.shape[2], tile.k.shape[2]
+    width = 1 if tile.score is None else tile.score.width
+    side = max(16, BLOCK // math.isqrt(width))
+    block_q, block_k = block_q or side, block_k or side
     leaves, treedef = jax.tree.flatten(tile)
-    arrays = ((2, None), (None, 2), (None, 2), (None, None))
+    whole = 1 + len(jax.tree.leaves(tile.score))
+    arrays = ((2, None), (None, 2), (None, 2), *[(None, None)] * whole)
     operands = [tuple(n if x.shape[n] > 1 else None for n in (2, 3)) for x in leaves[len(arrays) :]]
     axes = (*arrays, *operands)
     grid = Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, Stats
+from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("q", "k", "v", "scale", "mask", "score_mod", "normalizer"),
+    data_fields=("q", "k", "v", "scale", "score", "mask", "score_mod", "normalizer"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Tile:
     k: jax.Array
     v: jax.Array
     scale: jax.Array
+    score: Score | None
     mask: Mask | None
     score_mod: ScoreMod | None
     normalizer: Normalizer
@@ -58,7 +60,12 @@ def masked_scores(tile: Tile, q_index: jax.Array, k_index: jax.Array, exists=Non
     batch, heads = tile.q.shape[:2]
     b, h = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None, None]
     indices = b, h, q_index[:, None], k_index
-    scores = contract(tile.q, tile.k, transpose=True) * tile.scale
+    if tile.score is None:
+        scores = contract(tile.q, tile.k, transpose=True) * tile.scale
+    else:
+        dtype = accumulation_dtype(tile.q, tile.k)
+        keys = jnp.repeat(tile.k.astype(dtype), heads // tile.k.shape[1], 1)
+        scores = tile.score(tile.q.astype(dtype), keys, q_index, k_index) * tile.scale
     if tile.score_mod is not None:
         scores = tile.score_mod(scores, *indices).astype(scores.dtype)
     if tile.mask is not None:
