@@ -1,19 +1,24 @@
 """Attention patterns as `Mask` objects."""
 
-import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn_kernels.attention import Mask, operand
+from attn_lab.ops.predicates import Heads, Window
 
 __all__ = [
     "as_mask",
     "block_map",
     "causal_mask",
     "dense_mask",
+    "duo_causal_mask",
+    "head_masks",
     "segment_mask",
     "sliding_window_mask",
+    "token_match_mask",
 ]
 
 
@@ -32,26 +37,7 @@ def sliding_window_mask(left: int, right: int) -> Mask:
 
     Source: Beltagy et al., Longformer, 2020, arXiv 2004.05150.
     """
-    return Mask(_Window(left, right))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    left: int
-    right: int
-
-    def _limit(self, low, high):
-        """Whether low <= left and high >= -right, where these are bounds."""
-        below = low <= self.left if self.left >= 0 else True
-        return (high >= -self.right) & below if self.right >= 0 else below
-
-    def __call__(self, b, h, q_index, k_index):
-        back = q_index - k_index
-        return jnp.asarray(self._limit(back, back)) & jnp.ones_like(back, bool)
-
-    def tile(self, q_first, q_last, k_first, k_last):
-        nearest, farthest = q_first - k_last, q_last - k_first
-        return self._limit(nearest, farthest), self._limit(farthest, nearest)
+    return Mask(Window(left, right))
 
 
 def segment_mask(segment_ids: jax.Array, k_segment_ids: jax.Array | None = None) -> Mask:
@@ -67,6 +53,61 @@ def segment_mask(segment_ids: jax.Array, k_segment_ids: jax.Array | None = None)
 
 def _same(b, h, q_index, k_index, q_ids, k_ids):
     return q_ids == k_ids
+
+
+def token_match_mask(ids: jax.Array) -> Mask:
+    """Queries see the tokens equal to their own: `ids[b, t] == ids[b, j]`, `j = t` included.
+
+    Args:
+      ids: integers `[B, T]`.
+
+    Source: Li et al., 2021, arXiv 2112.05364.
+    """
+    return segment_mask(ids)
+
+
+def duo_causal_mask(
+    q_position: jax.Array, q_depth: jax.Array, k_position: jax.Array, k_depth: jax.Array
+) -> Mask:
+    """Causal in position and in depth of refinement: `pos_j <= pos_t` and `depth_j <= depth_t`.
+
+    Args:
+      q_position, q_depth: integers `[T]`.
+      k_position, k_depth: integers `[S]`.
+
+    Source: Think-at-Hard, 2025, arXiv 2511.08577.
+    """
+    pairs = (q_position, k_position), (q_depth, k_depth)
+    at_most = [Mask(_at_most, (operand(q, "q"), operand(k, "k"))) for q, k in pairs]
+    return at_most[0] & at_most[1]
+
+
+def _at_most(b, h, q_index, k_index, q_rank, k_rank):
+    return k_rank <= q_rank
+
+
+def head_masks(masks: Sequence[Mask]) -> Mask:
+    """A pattern of its own for every head: that of head h is `masks[h]`.
+
+    Equal patterns are evaluated once. A tile that is empty in all heads is skipped.
+
+    Args:
+      masks: one `Mask` for each query head.
+
+    Returns:
+      A Mask whose dense form is `[H, T, S]`, or `[B, H, T, S]` if one of them depends on b.
+
+    Raises:
+      ValueError: if `masks` is empty or holds something else than a Mask.
+    """
+    if not len(masks) or not all(isinstance(m, Mask) for m in masks):
+        raise ValueError(f"masks must be one Mask for each head, got {masks!r}")
+    keys = [(m.predicate, *map(id, m.operands)) for m in masks]
+    distinct = {key: m for key, m in zip(keys, masks)}
+    choice = np.array([list(distinct).index(key) for key in keys], np.int32)
+    parts = tuple(distinct.values())
+    heads = Heads(tuple(m.predicate for m in parts), tuple(len(m.operands) for m in parts))
+    return Mask(heads, (operand(choice, "h"), *(x for m in parts for x in m.operands)))
 
 
 def dense_mask(allowed: jax.Array) -> Mask:

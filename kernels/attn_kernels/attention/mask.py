@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable
 
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+LEAF, SPLIT = 64, 8  # Open tiles are cut into SPLIT^2 parts, down to LEAF^2 pairs,
+CHUNK = 2**10  # this many of them at once,
+TOGETHER = 2**18  # and the predicate is evaluated on this many pairs at once.
 
 
 @functools.partial(
@@ -27,7 +31,8 @@ class Mask:
     Attributes:
       predicate: the function. If it has a method `tile(q_first, q_last, k_first, k_last)`, this
         returns `(some, every)` for the tile of these inclusive ranges: False if surely no pair is
-        allowed, and True if surely every pair is. Streaming skips what is surely empty.
+        allowed, and True if surely every pair is. It gets integers, NumPy arrays or traced arrays,
+        and ranges that end after the last position. Streaming skips what is surely empty.
       operands: arrays laid out by `operand`, for example segment ids along "bq" and "bk".
     """
 
@@ -56,15 +61,21 @@ class Mask:
 
     def dense(self, q_len: int, k_len: int) -> jax.Array:
         """The pattern as bool `[T, S]`, `[H, T, S]` or `[B, H, T, S]`: no axis that it ignores."""
-        allowed = self._strip(q_len, k_len, 0, q_len)
-        return allowed.reshape(_leading(allowed) + allowed.shape[2:])
+        lead = self._leading(q_len, k_len)
+        b, h = (jnp.arange(n) for n in lead)
+        q_index = jnp.arange(q_len)[:, None] + (k_len - q_len)
+        indices = b[:, None, None, None], h[:, None, None], q_index, jnp.arange(k_len)
+        allowed = jnp.broadcast_to(self.allowed(*indices), (*lead, q_len, k_len))
+        return allowed.reshape(*_without_ones(lead), q_len, k_len)
 
     def count(self, q_len: int, k_len: int) -> np.ndarray | jax.Array:
-        """The number of allowed pairs, with the leading axes of `dense`."""
-        counts = self._tile_counts(q_len, k_len, min(q_len, 512), min(k_len, 512))
-        if isinstance(counts, jax.core.Tracer):
-            return counts.sum((-1, -2))
-        return np.asarray(counts, np.int64).sum((-1, -2))
+        """The number of allowed pairs, with the leading axes of `dense`.
+
+        It is exact, in int64; where operands are traced, it is in the default integers of JAX.
+        """
+        whole = (np.array([n]) for n in (0, q_len, 0, k_len))
+        counts = self._pairs(q_len, k_len, *whole, exact=True)
+        return counts[0].reshape(_without_ones(counts.shape[1:]))
 
     def block_map(self, q_len: int, k_len: int, block_q: int, block_k: int) -> jax.Array:
         """The state of every tile: 0 empty, 1 partial, 2 full, as int32.
@@ -74,68 +85,124 @@ class Mask:
           block_q, block_k: the size of a tile; the last tiles may be smaller.
 
         Returns:
-          `[..., ceil(T / block_q), ceil(S / block_k)]` with the leading axes of `dense`. The
-          predicate is evaluated a strip of `block_q` rows at a time, and only on tiles whose
-          state its bounds leave open.
+          `[..., ceil(T / block_q), ceil(S / block_k)]` with the leading axes of `dense`. Tiles
+          whose state the bounds leave open are cut up until the bounds of the parts decide, and
+          the predicate is evaluated on the smallest parts only.
         """
-        counts = self._tile_counts(q_len, k_len, block_q, block_k)
-        size = _extent(q_len, block_q)[:, None] * _extent(k_len, block_k)
-        state = jnp.where(counts == 0, EMPTY, jnp.where(counts == size, FULL, PARTIAL))
-        return state.astype(jnp.int32)
+        q_first, k_first = np.arange(0, q_len, block_q), np.arange(0, k_len, block_k)
+        q_stop, k_stop = (
+            np.minimum(x + n, end)
+            for x, n, end in ((q_first, block_q, q_len), (k_first, block_k, k_len))
+        )
+        state = np.empty((q_first.size, k_first.size), np.int8)
+        step = max(1, CHUNK * SPLIT**2 // k_first.size)
+        for n in range(0, len(state), step):
+            rows = slice(n, n + step), None
+            some, every = self._sure(q_len, k_len, q_first[rows], q_stop[rows], k_first, k_stop)
+            state[n : n + step] = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
+        i, j = np.nonzero(state == PARTIAL)
+        out = jnp.asarray(state, jnp.int32)
+        if not len(i):
+            return out
+        tiles = q_first[i], q_stop[i], k_first[j], k_stop[j]
+        counts = self._pairs(q_len, k_len, *tiles, exact=False)
+        size = ((tiles[1] - tiles[0]) * (tiles[3] - tiles[2]))[:, None, None]
+        found = jnp.where(counts == 0, EMPTY, jnp.where(counts == size, FULL, PARTIAL))
+        axes = _without_ones(counts.shape[1:])
+        found = jnp.moveaxis(found, 0, -1).reshape(*axes, len(i)).astype(jnp.int32)
+        return jnp.broadcast_to(out, (*axes, *out.shape)).at[..., i, j].set(found)
 
     def tile(self, q_first, q_last, k_first, k_last):
         """`(some, every)` of the tile of these inclusive index ranges: see the class."""
         bounds = getattr(self.predicate, "tile", None)
         return (True, False) if bounds is None else bounds(q_first, q_last, k_first, k_last)
 
-    def _strip(self, q_len, k_len, start, rows):
-        """The predicate on `rows` query rows from `start`: bool [B|1, H|1, rows, S]."""
-        batch = max([1, *(x.shape[0] for x in self.operands)])
-        heads = max([1, *(x.shape[1] for x in self.operands)])
+    def _leading(self, q_len, k_len):
+        """The batch and heads that the operands tell apart; they must have these lengths."""
         for x in self.operands:
             if x.shape[2] not in (1, q_len) or x.shape[3] not in (1, k_len):
                 raise ValueError(
                     f"the mask's operand of shape {x.shape} does not fit lengths {q_len}, {k_len}"
                 )
-        operands = tuple(
-            jax.lax.dynamic_slice_in_dim(x, start, rows, 2) if x.shape[2] > 1 else x
-            for x in self.operands
-        )
-        b, h = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None, None]
-        q_index = start + jnp.arange(rows)[:, None] + (k_len - q_len)
-        allowed = self.allowed(b, h, q_index, jnp.arange(k_len), operands)
-        shape = np.broadcast_shapes(jnp.shape(allowed), (1, 1, rows, k_len))
-        return jnp.broadcast_to(allowed, shape)
+        return tuple(max([1, *(x.shape[n] for x in self.operands)]) for n in (0, 1))
 
-    def _tile_counts(self, q_len, k_len, block_q, block_k):
-        """Allowed pairs in every tile: int32 [..., nq, nk]."""
-        rows, columns = -(-q_len // block_q), -(-k_len // block_k)
-        pad = columns * block_k - k_len
-        q_first, k_first = np.arange(rows) * block_q, np.arange(columns) * block_k
-        q_last = np.minimum(q_first + block_q, q_len) - 1
-        k_last = np.minimum(k_first + block_k, k_len) - 1
+    def _sure(self, q_len, k_len, q_first, q_stop, k_first, k_stop):
+        """The bounds of tiles as NumPy arrays; the queries are numbered from 0."""
         shift = k_len - q_len
-        some, every = self.tile(q_first[:, None] + shift, q_last[:, None] + shift, k_first, k_last)
+        ranges = q_first + shift, q_stop + (shift - 1), k_first, k_stop - 1
+        shape = np.broadcast_shapes(q_first.shape, k_first.shape)
+        with jax.ensure_compile_time_eval():
+            return [np.broadcast_to(np.asarray(x), shape) for x in self.tile(*ranges)]
 
-        def strip(i):
-            start = jnp.minimum(i * block_q, q_len - min(block_q, q_len))
-            allowed = self._strip(q_len, k_len, start, min(block_q, q_len))
-            fresh = start + jnp.arange(allowed.shape[2])[:, None] >= i * block_q
-            allowed = jnp.pad(allowed & fresh, ((0, 0), (0, 0), (0, 0), (0, pad)))
-            tiles = allowed.reshape(*allowed.shape[:3], columns, block_k)
-            counts = tiles.sum((2, 4), dtype=jnp.int32)
-            return counts.reshape(*_leading(allowed), columns)
+    def _pairs(self, q_len, k_len, q_first, q_stop, k_first, k_stop, exact):
+        """The allowed pairs in n tiles: int64 [n, B, H].
 
-        if self.operands:
-            return jnp.moveaxis(jax.lax.map(strip, jnp.arange(rows)), 0, -2)
-        size = _extent(q_len, block_q)[:, None] * _extent(k_len, block_k)
-        some, every = np.broadcast_to(some, size.shape), np.broadcast_to(every, size.shape)
-        if (every | ~some).all():
-            return np.where(every, size, 0)
-        open_rows = np.flatnonzero((some & ~every).any(1))
-        strips = jnp.moveaxis(jax.lax.map(strip, open_rows), 0, -2)
-        sure = np.broadcast_to(np.where(every, size, 0), (*strips.shape[:-2], rows, columns))
-        return jnp.asarray(sure, jnp.int32).at[..., open_rows, :].set(strips)
+        If not `exact`, a tile that turns out to have pairs of both kinds may have any number
+        between none and all.
+        """
+        lead = self._leading(q_len, k_len)
+        stops, longest = (q_stop, k_stop), max((q_stop - q_first).max(), (k_stop - k_first).max())
+        side = leaf = min(LEAF, 1 << (int(longest) - 1).bit_length())
+        while side < longest:
+            side *= SPLIT
+        count = len(q_first)
+        sure, lacking = np.zeros(count, np.int64), np.zeros(count, bool)
+        found = np.zeros((count, *lead), np.int64)
+        pending = [(side, np.arange(count), q_first, k_first)]
+        while pending:
+            side, of, *firsts = pending.pop()
+            unsure = np.full(len(of), exact) | (sure[of] == 0) | ~lacking[of]
+            of, firsts = of[unsure], [x[unsure] for x in firsts]
+            ends = [np.minimum(x + side, stop[of]) for x, stop in zip(firsts, stops)]
+            some, every = self._sure(q_len, k_len, firsts[0], ends[0], firsts[1], ends[1])
+            size = (ends[0] - firsts[0]) * (ends[1] - firsts[1])
+            np.add.at(sure, of[every], size[every])
+            lacking[of[~some]] = True
+            open = some & ~every
+            of, firsts, ends = of[open], [x[open] for x in firsts], [x[open] for x in ends]
+            if side == leaf and len(of):
+                found = self._evaluate(found, q_len, k_len, of, *firsts, *ends, leaf)
+            for n in range(0, len(of) if side > leaf else 0, CHUNK):
+                part = slice(n, n + CHUNK), None
+                steps = np.indices((SPLIT, SPLIT)).reshape(2, -1) * (side // SPLIT)
+                within = np.repeat(of[part], SPLIT**2)
+                parts = [(x[part] + step).ravel() for x, step in zip(firsts, steps)]
+                exist = (parts[0] < q_stop[within]) & (parts[1] < k_stop[within])
+                pending.append((side // SPLIT, within[exist], *(x[exist] for x in parts)))
+        return found + sure[:, None, None]
+
+    def _evaluate(self, found, q_len, k_len, of, q_first, k_first, q_stop, k_stop, leaf):
+        """`found` and the allowed pairs of small tiles, each added to the tile it is a part of."""
+        # Few distinct numbers of tiles are few compilations.
+        fill = (0, (1 << (len(of) - 1).bit_length()) - len(of))
+        tiles = [np.pad(x, fill).astype(np.int32) for x in (q_first, k_first, q_stop, k_stop)]
+        shape = *found.shape[1:], leaf, leaf
+        counts = _count(self, np.int32(k_len - q_len), tiles, shape=shape)[: len(of)]
+        if isinstance(counts, jax.core.Tracer):
+            return jnp.asarray(found).at[of].add(counts)
+        np.add.at(found, of, np.asarray(counts, np.int64))
+        return found
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _count(mask: Mask, shift, tiles, *, shape):
+    """The allowed pairs in tiles that are given by their first and end positions."""
+    batch, heads, block_q, block_k = shape
+    b, h = jnp.arange(batch)[:, None, None, None], jnp.arange(heads)[:, None, None]
+
+    def one(tile):
+        q_first, k_first, q_stop, k_stop = tile
+        rows, columns = q_first + jnp.arange(block_q), k_first + jnp.arange(block_k)
+        operands = mask.operands
+        for axis, index in (2, rows), (3, columns):
+            operands = [
+                x if x.shape[axis] == 1 else jnp.take(x, index, axis, mode="clip") for x in operands
+            ]
+        allowed = mask.allowed(b, h, rows[:, None] + shift, columns, operands)
+        allowed = allowed & (rows < q_stop)[:, None] & (columns < k_stop)
+        return jnp.broadcast_to(allowed, shape).sum((2, 3), dtype=jnp.int32)
+
+    return jax.lax.map(one, tiles, batch_size=max(1, TOGETHER // math.prod(shape)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +232,14 @@ class _Not:
 
     def tile(self, *ranges):
         some, every = Mask(self.predicate).tile(*ranges)
-        return jnp.logical_not(every), jnp.logical_not(some)
+        return _negated(every), _negated(some)
 
 
-def _extent(length: int, block: int) -> np.ndarray:
-    """The sizes of the blocks that cut up `length`."""
-    first = np.arange(-(-length // block)) * block
-    return np.minimum(first + block, length) - first
+def _negated(x):
+    """`not x`, for Python's bool, NumPy and JAX alike."""
+    return not x if isinstance(x, bool) else ~x
 
 
-def _leading(allowed: jax.Array) -> tuple[int, ...]:
-    """The shape of the leading axes [B, H] that a pattern depends on."""
-    batch, heads = allowed.shape[:2]
-    return (batch, heads) if batch > 1 else (heads,) if heads > 1 else ()
+def _without_ones(lead: tuple[int, int]) -> tuple[int, ...]:
+    """The leading axes `[B, H]` that a pattern depends on."""
+    return lead if lead[0] > 1 else lead[1:] if lead[1] > 1 else ()
