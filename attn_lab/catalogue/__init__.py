@@ -3,13 +3,15 @@
 `python -m attn_lab.catalogue README.md` writes the table of mechanisms into that file.
 """
 
-from attn_lab.catalogue import attention, heads, masks, positions, recurrence
+from attn_lab.catalogue import attention, heads, masks, normalizers, positions, recurrence, scores
 from attn_lab.catalogue.mechanism import KINDS, Mechanism, Sizes
 
 START, END = "<!-- mechanisms: start -->", "<!-- mechanisms: end -->"
 
 CATALOGUE: tuple[Mechanism, ...] = (
     *attention.ROWS,
+    *normalizers.ROWS,
+    *scores.ROWS,
     *heads.ROWS,
     *recurrence.ROWS,
     *masks.ROWS,
@@ -29,7 +31,8 @@ def table() -> str:
     """The catalogue as a Markdown table."""
     lines = ["| mechanism | what it computes | paper |", "| --- | --- | --- |"]
     for row in CATALOGUE:
-        paper = f"[{row.title}](https://arxiv.org/abs/{row.arxiv}), {row.year}"
+        link = f"[{row.title}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else row.title
+        paper = f"{link}, {row.year}"
         name = row.function.__name__
         called = f"`{row.name}`" + (f" (`ops.{name}`)" if name != row.name else "")
         summary = row.summary.replace("|", "\\|")

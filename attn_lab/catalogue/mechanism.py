@@ -32,9 +32,9 @@ class Mechanism:
       name: under which experiments, benchmarks and documents know it.
       function: the operator.
       title, year, arxiv: the paper that defined it; `arxiv` may be empty.
-      family: "attention", "recurrence", "convolution", "head", "mask" or "position".
-      arguments: array arguments by name: a kind (see `KINDS`) and the shape, of letters of `Sizes`
-        and numbers.
+      family: "attention", "recurrence", "convolution", "head", "mask", "position" or "score".
+      arguments: array arguments by name: a kind (see `KINDS`) and the shape: for every axis a
+        letter of `Sizes`, a number, or letters whose product it is.
       settings: other keyword arguments.
       causal: the patterns in time that it has: (False, True), (True,) or (False,). If it has both
         it takes the keyword `causal`.
@@ -72,7 +72,10 @@ class Mechanism:
         """Random arrays for its arguments; gates and write strengths are in their usual range."""
         sizes, arrays = self.fit(sizes), {}
         for n, (name, (kind, letters)) in enumerate(self.arguments.items()):
-            shape = [n if isinstance(n, int) else getattr(sizes, n) for n in letters]
+            shape = [
+                axis if isinstance(axis, int) else math.prod(getattr(sizes, a) for a in axis)
+                for axis in letters
+            ]
             arrays[name] = KINDS[kind](jax.random.fold_in(key, n), shape).astype(dtype)
         return arrays
 
@@ -104,6 +107,7 @@ KINDS: Mapping[str, Callable[[jax.Array, list[int]], jax.Array]] = {
     "unit": _unit,
     "log_decay": lambda key, shape: jax.nn.log_sigmoid(2 + jax.random.normal(key, shape)),
     "beta": lambda key, shape: jax.nn.sigmoid(jax.random.normal(key, shape)),
+    "above_one": lambda key, shape: jax.random.uniform(key, shape, minval=1.2, maxval=2.0),
     "small": lambda key, shape: jax.random.normal(key, shape) / math.sqrt(shape[0]),
 }
 

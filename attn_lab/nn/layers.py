@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_kernels.attention import Mask, operand
 from attn_lab import ops
 
 fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -81,7 +83,12 @@ class Mixer(nnx.Module):
     With `cache`, from `init_cache`, a call continues a sequence by T tokens and returns
     `(y, cache)`. `segment_ids`, integers `[B, T]`, keep the documents of a packed row apart.
     `rngs` turns dropout on.
+
+    Attributes:
+      decodes: whether it has a causal form, and so a cache.
     """
+
+    decodes = True
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Any:
         """What decoding `batch` sequences of at most `length` tokens keeps: a pytree of arrays."""
@@ -182,6 +189,25 @@ def append(buffer: jax.Array, new: jax.Array, past: jax.Array) -> jax.Array:
         raise ValueError(f"a cache of length {length} cannot take {count} tokens")
     new = jnp.where(past + count <= length, new, jnp.nan).astype(buffer.dtype)
     return jax.lax.dynamic_update_slice_in_dim(buffer, new, past, 1)
+
+
+def cache_mask(past: jax.Array, count: int, length: int, back: int = -1) -> Mask:
+    """What `count` tokens after `past` ones see of a cache of that length: `back` tokens, or all.
+
+    The engine aligns the last query with the last slot; these queries stand before.
+    """
+    return Mask(_shifted_window(back), (operand(past + count - length, ""),))
+
+
+@functools.lru_cache
+def _shifted_window(back: int) -> Callable[..., jax.Array]:
+    """A causal window of the queries that stand `shift` (negative) before the end of the keys."""
+
+    def allowed(b, h, q_index, k_index, shift):
+        distance = q_index + shift - k_index
+        return (distance >= 0) & ((distance <= back) if back >= 0 else True)
+
+    return allowed
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -7,8 +7,14 @@ from attn_kernels import attention as engine
 from attn_kernels.attention import Mask, Pointwise, Score
 from attn_lab.ops.attention import dot_product_attention
 from attn_lab.ops.masks import as_mask
+from attn_lab.ops.positions import apply_rotary
 
-__all__ = ["complex_attention", "compositional_attention", "mlp_score_attention"]
+__all__ = [
+    "complex_attention",
+    "complex_features",
+    "compositional_attention",
+    "mlp_score_attention",
+]
 
 
 def complex_attention(
@@ -52,23 +58,42 @@ def complex_attention(
         raise ValueError(
             f"delta {delta.shape} and bias {bias.shape} must be [H, D / 2] of q {q.shape}, D even"
         )
-    wide = jnp.result_type(jnp.float32, q.dtype, k.dtype)
-    frequencies = theta ** (-jnp.arange(dim // 2, dtype=wide) / (dim // 2))
-
-    def turned(x, start, offset):
-        """`|x| (cos a, sin a)` of the angle that x contributes."""
-        real, imaginary = jnp.split(x.astype(wide), 2, axis=-1)
-        positions = jnp.arange(start, k_len, dtype=wide)
-        angle = delta * jnp.arctan2(imaginary, real) + offset
-        angle = angle + positions[:, None, None] * frequencies
-        size = jnp.sqrt(real**2 + imaginary**2 + eps)
-        return jnp.concatenate([size * jnp.cos(angle), size * jnp.sin(angle)], -1)
-
-    queries = turned(q, k_len - q_len, bias)
-    keys = turned(jnp.repeat(k, heads // k.shape[2], axis=2), 0, 0)
+    keys = jnp.repeat(k, heads // k.shape[2], axis=2)
     return dot_product_attention(
-        queries, keys, v, mask=mask, causal=causal, scale=scale, implementation=implementation
+        apply_rotary(
+            complex_features(q, delta, bias, eps=eps),
+            jnp.arange(k_len - q_len, k_len),
+            theta=theta,
+        ),
+        apply_rotary(complex_features(keys, delta, eps=eps), jnp.arange(k_len), theta=theta),
+        v,
+        mask=mask,
+        causal=causal,
+        scale=scale,
+        implementation=implementation,
     )
+
+
+def complex_features(
+    x: jax.Array, delta: jax.Array, bias: jax.Array | float = 0.0, *, eps: float = 1e-9
+) -> jax.Array:
+    """Complex channels with their phases mapped: `|x| exp(i (delta arg x + bias))`.
+
+    Args:
+      x: `[B, T, H, D]`, the real parts in the first half of the channels.
+      delta, bias: `[H, D / 2]`.
+      eps: added to squared magnitudes.
+
+    Returns:
+      `[B, T, H, D]` in float32 or better.
+
+    Source: ComplexFormer, 2025, arXiv 2505.10222.
+    """
+    wide = x.astype(jnp.result_type(jnp.float32, x.dtype))
+    real, imaginary = jnp.split(wide, 2, axis=-1)
+    phase = delta * jnp.arctan2(imaginary, real) + bias
+    size = jnp.sqrt(real**2 + imaginary**2 + eps)
+    return jnp.concatenate([size * jnp.cos(phase), size * jnp.sin(phase)], -1)
 
 
 def mlp_score_attention(

@@ -8,7 +8,7 @@ from attn_lab.catalogue import find
 from attn_lab.nn import MIXERS, Build, find_mixer, make_mixer
 
 WIDTH = 16
-CASES = [(name, {}) for name in MIXERS] + [
+CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("dot_product_attention", {"window": 3, "rope_theta": 100.0, "num_kv_heads": 2}),
     ("dot_product_attention", {"qk_norm": "rms", "bias": True, "out_bias": True, "value_dim": 6}),
     ("sink_attention", {"kind": "key"}),
