@@ -30,4 +30,13 @@ ROWS = (
         "position",
         golden=("alibi_bias", "alibi_bias_factors"),
     ),
+    Mechanism(
+        "relative_position_bias",
+        ops.relative_position_bias,
+        "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+        2019,
+        "1910.10683",
+        "position",
+        golden=("relative_position_bias--bidirectional", "relative_position_bias--causal"),
+    ),
 )

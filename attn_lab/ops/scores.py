@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from attn_kernels import attention as engine
 from attn_kernels.attention import Mask, Pointwise, ScoreMod, operand
 from attn_kernels.recurrence import linear_attention
-from attn_lab.ops.attention import dot_product_attention
+from attn_lab.ops.attention import bias_mod, dot_product_attention
 from attn_lab.ops.masks import as_mask
 
 __all__ = [
@@ -58,13 +58,12 @@ def qk_norm_attention(
         return (wide * jax.lax.rsqrt(squared)).astype(x.dtype)
 
     g = _per_head("g", g, q.shape[2])
-    score_mod = _times(g) if bias is None else _times(g).then(_plus(bias))
     return engine.attention(
         unit(q),
         unit(k),
         v,
         mask=as_mask(mask, causal),
-        score_mod=score_mod,
+        score_mod=bias_mod(bias, _times(g)),
         scale=1.0,
         implementation=implementation,
     )
@@ -371,13 +370,5 @@ def _times(factor):
     return ScoreMod(_multiply, (factor,))
 
 
-def _plus(bias):
-    return ScoreMod(_add, (bias.reshape((1,) * (4 - bias.ndim) + bias.shape),))
-
-
 def _multiply(score, b, h, q_index, k_index, factor):
     return score * factor
-
-
-def _add(score, b, h, q_index, k_index, bias):
-    return score + bias
