@@ -2,6 +2,7 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are those of float32
+jax.config.update("jax_disable_most_optimizations", True)  # small arrays: compiling is the work
 
 
 @pytest.fixture(autouse=True, scope="module")
