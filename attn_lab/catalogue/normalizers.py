@@ -61,6 +61,7 @@ ROWS = (
         2021,
         "2104.07012",
         arguments=QKV | {"norm_scale": ("normal", ("HV",)), "norm_gate": ("normal", ("HV",))},
+        heads_apart=False,
         golden=("rectified_linear_attention--gated", "rectified_linear_attention--ungated"),
         **ENGINE_1,
     ),
