@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_kernels.attention import Mask, Pointwise, attention_weights, operand
+from attn_kernels.attention import Pointwise, attention_weights
 from attn_lab import ops
-from attn_lab.nn.layers import Build, Mixer, append, divide, dropout, split_heads
+from attn_lab.nn.layers import Build, Mixer, append, cache_mask, divide, dropout, split_heads
 
-_identity = Pointwise(lambda scores: scores)
+identity = Pointwise(lambda scores: scores)
 
 
 class MultiHeadAttention(Mixer):
@@ -43,6 +43,7 @@ class MultiHeadAttention(Mixer):
     """
 
     drops = True
+    tied = False  # whether the keys are the values as well, and are kept once
 
     def __init__(
         self,
@@ -76,15 +77,18 @@ class MultiHeadAttention(Mixer):
             raise ValueError(f"dropout={dropout} on the weights needs plain softmax attention")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.query = build.linear(width, self.query_heads * self.head_dim, bias)
-        self.key = build.linear(width, self.key_heads * self.head_dim, bias)
-        self.value = build.linear(width, self.num_kv_heads * self.value_dim, bias)
-        self.out = build.output(num_heads * self.value_dim, width, out_bias)
+        self._make_projections(width, bias, out_bias, build)
         if qk_norm not in (None, "rms"):
             raise ValueError(f"qk_norm must be None or 'rms', got {qk_norm!r}")
-        norm = functools.partial(build.rms_norm, self.head_dim, 1e-6)
-        self.query_norm = norm() if qk_norm else nnx.data(None)
-        self.key_norm = norm() if qk_norm else nnx.data(None)
+        none = nnx.data(None)
+        self.query_norm = build.rms_norm(self.head_dim, 1e-6) if qk_norm else none
+        self.key_norm = build.rms_norm(self.key_dim, 1e-6) if qk_norm else none
+
+    def _make_projections(self, width, bias, out_bias, build):
+        self.query = build.linear(width, self.query_heads * self.head_dim, bias)
+        self.key = build.linear(width, self.key_heads * self.key_dim, bias)
+        self.value = build.linear(width, self.value_heads * self.value_dim, bias)
+        self.out = build.output(self.num_heads * self.value_dim, width, out_bias)
 
     @property
     def query_heads(self) -> int:
@@ -94,12 +98,22 @@ class MultiHeadAttention(Mixer):
     def key_heads(self) -> int:
         return self.num_kv_heads
 
+    @property
+    def value_heads(self) -> int:
+        return self.num_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.head_dim
+
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32):
-        return {
+        cache = {
             "index": jnp.zeros((), jnp.int32),
-            "key": jnp.zeros((batch, length, self.key_heads, self.head_dim), dtype),
-            "value": jnp.zeros((batch, length, self.num_kv_heads, self.value_dim), dtype),
+            "key": jnp.zeros((batch, length, self.key_heads, self.key_dim), dtype),
         }
+        if not self.tied:
+            cache["value"] = jnp.zeros((batch, length, self.value_heads, self.value_dim), dtype)
+        return cache
 
     def state_bytes(self, length: int) -> int:
         kept = length if self.window is None else min(length, self.window)
@@ -126,41 +140,45 @@ class MultiHeadAttention(Mixer):
         return self._scores(q, k, mask)
 
     def _scores(self, q, k, mask):
-        return attention_weights(q, k, mask=mask, normalizer=_identity)
+        return attention_weights(q, k, mask=mask, normalizer=identity)
 
     def _inputs(self, x, segment_ids, cache):
         """Queries, keys, values, mask, and the cache after these tokens."""
-        q = split_heads(self.query(x), self.query_heads)
-        k = split_heads(self.key(x), self.key_heads)
-        v = split_heads(self.value(x), self.num_kv_heads)
+        if cache is not None and not self.causal:
+            raise ValueError("cache needs causal=True: later tokens change earlier outputs")
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids and cache exclude each other: decode one document a row")
+        q, k, v, state = self._heads(x, segment_ids, cache)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = self._modulate(q, k, v, x)
-        past = 0 if cache is None else cache["index"]
+        past, count = 0 if cache is None else cache["index"], x.shape[1]
         if self.rope_theta is not None:
-            positions = past + jnp.arange(x.shape[1])
             rotate = functools.partial(
                 ops.apply_rotary,
-                positions=positions,
+                positions=past + jnp.arange(count),
                 theta=self.rope_theta,
                 rotary_dim=self.rotary_dim,
             )
             q, k = rotate(q), rotate(k)
+        if cache is not None:
+            kept = {"key": append(cache["key"], k, past)}
+            if not self.tied:
+                kept["value"] = append(cache["value"], v, past)
+            k, v = kept["key"], kept.get("value", kept["key"])
+            mask = cache_mask(past, count, k.shape[1], self._reach()[0])
+            return q, k, v, mask, {"index": past + count, **kept, **state}
         mask = ops.sliding_window_mask(*self._reach()) if self.causal or self.window else None
         if segment_ids is not None:
             segments = ops.segment_mask(segment_ids)
             mask = segments if mask is None else mask & segments
-        if cache is None:
-            return q, k, v, mask, None
-        if not self.causal:
-            raise ValueError("cache needs causal=True: later tokens change earlier outputs")
-        if segment_ids is not None:
-            raise ValueError("segment_ids and cache exclude each other: decode one document a row")
-        k, v = append(cache["key"], k, past), append(cache["value"], v, past)
-        # The engine aligns the last query with the last slot; these queries are `shift` before.
-        shift = operand(past + x.shape[1] - k.shape[1], "")
-        mask = Mask(_shifted_window(self._reach()[0]), (shift,))
-        return q, k, v, mask, {"index": past + x.shape[1], "key": k, "value": v}
+        return q, k, v, mask, None
+
+    def _heads(self, x, segment_ids, cache):
+        """Queries, keys and values before positions, and what else the cache keeps."""
+        q = split_heads(self.query(x), self.query_heads)
+        k = split_heads(self.key(x), self.key_heads)
+        return q, k, split_heads(self.value(x), self.value_heads), {}
 
     def _reach(self):
         """How far back and ahead a token sees; negative is without bound."""
@@ -182,17 +200,6 @@ class MultiHeadAttention(Mixer):
     def _project(self, heads, x):
         """`[B, T, H, Dv]` to `[B, T, width]`."""
         return self.out(heads.reshape(*heads.shape[:2], -1))
-
-
-@functools.lru_cache
-def _shifted_window(back: int) -> Callable[..., jax.Array]:
-    """A causal window of the queries that stand `shift` (negative) before the end of the keys."""
-
-    def allowed(b, h, q_index, k_index, shift):
-        distance = q_index + shift - k_index
-        return (distance >= 0) & ((distance <= back) if back >= 0 else True)
-
-    return allowed
 
 
 class SigmoidAttention(MultiHeadAttention):
