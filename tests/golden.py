@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import attn_lab.analysis
 import attn_lab.models
 import attn_lab.ops
 import attn_lab.tasks

@@ -39,6 +39,7 @@ class Mechanism:
       causal: the patterns in time that it has: (False, True), (True,) or (False,). If it has both
         it takes the keyword `causal`.
       cross: whether keys may have another length than queries.
+      heads_apart: whether every head is computed by itself.
       variants: keyword arguments that choose the implementation; the first one is the definition.
       flops: multiplications and additions of the forward pass, from the sizes.
       sizes: sizes that make it what it is: a number, or the letter of the size that it equals.
@@ -57,6 +58,7 @@ class Mechanism:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     causal: tuple[bool, ...] = (False, True)
     cross: bool = False
+    heads_apart: bool = True
     variants: tuple[Mapping[str, str], ...] = ({},)
     flops: Callable[[Sizes], int] = lambda s: 0
     sizes: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
@@ -108,6 +110,7 @@ KINDS: Mapping[str, Callable[[jax.Array, list[int]], jax.Array]] = {
     "log_decay": lambda key, shape: jax.nn.log_sigmoid(2 + jax.random.normal(key, shape)),
     "beta": lambda key, shape: jax.nn.sigmoid(jax.random.normal(key, shape)),
     "above_one": lambda key, shape: jax.random.uniform(key, shape, minval=1.2, maxval=2.0),
+    "place": lambda key, shape: jax.random.uniform(key, shape, maxval=8.0),
     "small": lambda key, shape: jax.random.normal(key, shape) / math.sqrt(shape[0]),
 }
 

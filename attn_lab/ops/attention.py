@@ -171,9 +171,22 @@ def sink_attention(
     sunk, sunk_logs = engine.attention(
         q, keys, values, scale=scale, return_stats=True, implementation=implementation
     )
-    total = jnp.logaddexp(logs, sunk_logs)
-    share, sunk_share = jnp.exp(logs - total)[..., None], jnp.exp(sunk_logs - total)[..., None]
-    return (share * out + sunk_share * sunk).astype(v.dtype)
+    return join_keys(out, logs, sunk, sunk_logs)
+
+
+def join_keys(out: jax.Array, logs: jax.Array, other: jax.Array, other_logs: jax.Array):
+    """Softmax attention over two sets of keys at once, from that over each.
+
+    Args:
+      out, other: `[B, T, H, Dv]`.
+      logs, other_logs: their log-sum-exps `[B, T, H]`; the other set has no row without a key.
+
+    Returns:
+      `[B, T, H, Dv]` in the dtype of `out`.
+    """
+    total = jnp.logaddexp(logs, other_logs)
+    share, other_share = jnp.exp(logs - total)[..., None], jnp.exp(other_logs - total)[..., None]
+    return (share * out + other_share * other).astype(out.dtype)
 
 
 def softmax_off_by_one(

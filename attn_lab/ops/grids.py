@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from attn_kernels.attention import Mask
 from attn_lab.ops.masks import causal_mask, sliding_window_mask
-from attn_lab.ops.predicates import Below, Blocks, Multiple, Neighborhood, Product
+from attn_lab.ops.predicates import Below, Blocks, Multiple, Neighborhood, Product, coordinates
 
 __all__ = [
     "axial_mask",
@@ -46,8 +46,8 @@ def product_mask(*masks: Mask, shape: Axes) -> Mask:
         raise ValueError(f"masks must be one for each axis of {shape}, got {len(masks)}")
     splits = tuple(len(m.operands) for m in masks)
     product = Product(tuple(m.predicate for m in masks), splits, shape)
-    coordinates, operands = product.coordinates(jnp.arange(math.prod(shape))), []
-    for mask, length, coordinate in zip(masks, shape, coordinates):
+    operands, axes = [], coordinates(jnp.arange(math.prod(shape)), shape)
+    for mask, length, coordinate in zip(masks, shape, axes):
         for x in mask.operands:
             for axis in (2, 3):
                 if x.shape[axis] not in (1, length):

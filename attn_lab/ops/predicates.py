@@ -211,6 +211,12 @@ class Rolled:
         return xp.where(whole, low, 0), xp.where(whole, high, self.length - 1)
 
 
+def coordinates(index, shape):
+    """The coordinates of flat positions, the last fastest; the first is not bounded by `shape`."""
+    steps = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+    return [index // steps[0], *(index // step % n for step, n in zip(steps[1:], shape[1:]))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """One predicate for each axis of `shape`, all of which must hold; the last axis is fastest."""
@@ -219,15 +225,11 @@ class Product:
     splits: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def coordinates(self, index):
-        """The coordinates of flat positions; the first one is not bounded by the shape."""
-        steps = [math.prod(self.shape[n + 1 :]) for n in range(len(self.shape))]
-        rest = [index // step % n for step, n in zip(steps[1:], self.shape[1:])]
-        return [index // steps[0], *rest]
-
     def __call__(self, b, h, q_index, k_index, *operands):
         allowed, at = True, 0
-        axes = zip(self.predicates, self.splits, *map(self.coordinates, (q_index, k_index)))
+        axes = zip(
+            self.predicates, self.splits, *(coordinates(x, self.shape) for x in (q_index, k_index))
+        )
         for predicate, count, i, j in axes:
             allowed = allowed & predicate(b, h, i, j, *operands[at : at + count])
             at += count
@@ -244,7 +246,7 @@ class Product:
     def _box(self, first, last):
         """Ranges of coordinates that hold those of a flat range."""
         xp, box, inner = library(first, last), [], math.prod(self.shape)
-        for n, (low, high) in enumerate(zip(self.coordinates(first), self.coordinates(last))):
+        for n, (low, high) in enumerate(zip(*(coordinates(x, self.shape) for x in (first, last)))):
             if n:
                 whole = first // inner == last // inner
                 low, high = xp.where(whole, low, 0), xp.where(whole, high, self.shape[n] - 1)
