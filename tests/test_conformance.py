@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import golden
@@ -12,18 +15,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from attn_kernels.attention import streaming
 from attn_lab.catalogue import CATALOGUE, Mechanism, Sizes, find
 
 OPERATORS = [row for row in CATALOGUE if row.family in ("attention", "recurrence", "convolution")]
 KEY = jax.random.key(0)
+VARIED = [row for row in OPERATORS if len(row.variants) > 1]
 operators = pytest.mark.parametrize("row", OPERATORS, ids=lambda row: row.name)
 
 
-def in_time(rows):
-    """Every (row, causal) that the rows support."""
-    pairs = [(row, causal) for row in rows for causal in row.causal]
-    ids = [f"{row.name}-{'causal' if causal else 'full'}" for row, causal in pairs]
-    return pytest.mark.parametrize(("row", "causal"), pairs, ids=ids)
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that the examples fill a grid of them."""
+    monkeypatch.setattr(streaming, "BLOCK", 16)
 
 
 def run(row: Mechanism, arrays, causal, variant):
@@ -56,11 +60,15 @@ def test_every_golden_file_is_used(stem):
     assert stem in named or any(f'"{stem}"' in path.read_text() for path in tests)
 
 
-@in_time([row for row in OPERATORS if len(row.variants) > 1])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_variants_stay_within_twice_the_error_of_the_definition(row, causal, dtype):
+@pytest.mark.parametrize(
+    ("causal", "dtype"),
+    [(0, jnp.float32), (-1, jnp.bfloat16)],
+    ids=["float32", "bfloat16"],
+)
+@pytest.mark.parametrize("row", VARIED, ids=lambda row: row.name)
+def test_variants_stay_within_twice_the_error_of_the_definition(row, causal, dtype, small_tiles):
     """Against float64, output and all gradients, with grouped heads and a prime length."""
-    sizes = Sizes(B=1, T=37, S=53)
+    sizes, causal = Sizes(B=1, T=37, S=53), row.causal[causal]
     arrays = {k: v.astype(dtype) for k, v in example(row, sizes).items()}
     with jax.enable_x64(True):
         wide = {k: v.astype(jnp.float64) for k, v in arrays.items()}
@@ -75,14 +83,37 @@ def test_variants_stay_within_twice_the_error_of_the_definition(row, causal, dty
             assert error <= allowed, (variant, name, error, allowed)
 
 
-@in_time(OPERATORS)
+@pytest.mark.parametrize("row", VARIED, ids=lambda row: row.name)
+def test_derivatives_of_gradients_are_those_of_the_definition(row, small_tiles, x64):
+    """Forward over reverse, along one direction of all arguments."""
+    arrays = {n: x.astype(float) for n, x in example(row, Sizes(B=1, T=18, S=19)).items()}
+    ways = jax.tree.map(jnp.cos, arrays)
+
+    def curvature(variant):
+        def slopes(arrays):
+            return jax.grad(lambda x: jnp.sum(jnp.sin(row.call(x, **variant))))(arrays)
+
+        return jax.jit(lambda: jax.jvp(slopes, (arrays,), (ways,))[1])()
+
+    first, *others = map(curvature, row.variants)
+    for other in others:
+        for name, want in first.items():
+            size = np.abs(want).max(initial=1.0)
+            np.testing.assert_allclose(other[name], want, rtol=1e-6, atol=1e-7 * size, err_msg=name)
+
+
+@operators
 @pytest.mark.parametrize(
-    "sizes",
-    [Sizes(B=1, T=1, S=1), Sizes(B=3, T=13, S=7), Sizes(B=1, T=7, S=13, H=6, K=3, D=5, V=3)],
+    ("causal", "sizes"),
+    [
+        (0, Sizes(B=1, T=1, S=1)),
+        (-1, Sizes(B=3, T=13, S=7)),
+        (0, Sizes(B=1, T=7, S=13, H=6, K=3, D=5, V=3)),
+    ],
     ids=["one", "long_queries", "odd"],
 )
 def test_shapes_and_finite_gradients(row, causal, sizes):
-    sizes = row.fit(sizes)
+    sizes, causal = row.fit(sizes), row.causal[causal]
     got = run(row, example(row, sizes), causal, {})
     channels = (sizes.D,) if "x" in row.arguments else (sizes.H, sizes.V)
     wanted = sizes.B, sizes.T, *channels
@@ -111,15 +142,15 @@ def takes_mask(row):
     return row.family == "attention" and "mask" in inspect.signature(row.function).parameters
 
 
-@in_time([row for row in OPERATORS if takes_mask(row)])
-def test_rows_without_a_key_are_zero_with_zero_gradients(row, causal):
+@pytest.mark.parametrize("row", filter(takes_mask, OPERATORS), ids=lambda row: row.name)
+def test_rows_without_a_key_are_zero_with_zero_gradients(row):
     if "mask" in row.settings:
         row = dataclasses.replace(row, settings={})
     sizes = row.fit(Sizes(B=1, T=5, S=5))
     arrays = {n: x for n, x in example(row, sizes).items() if not n.startswith("sink")}
-    allowed = jnp.ones((5, 5), bool).at[jnp.array([1, 4])].set(False)
+    allowed = jnp.ones((5, 5), bool).at[jnp.array([1, 4])].set(False).at[3, 1:].set(False)
     for variant in row.variants:
-        got = run(row, arrays, causal, {"mask": allowed, **variant})
+        got = run(row, arrays, row.causal[0], {"mask": allowed, **variant})
         assert (got["out"][:, 1] == 0).all() and (got["out"][:, 4] == 0).all()
         assert (got["out"][:, 2] != 0).any()
         for name, x in got.items():
@@ -128,8 +159,8 @@ def test_rows_without_a_key_are_zero_with_zero_gradients(row, causal):
                 assert (x[:, 1] == 0).all(), name
 
 
-@in_time(OPERATORS)
-def test_extreme_inputs_stay_finite(row, causal):
+@operators
+def test_extreme_inputs_stay_finite(row):
     sizes = row.fit(Sizes(B=1, T=33, S=33))
     arrays = dict(example(row, sizes))
     for name in arrays:
@@ -139,12 +170,14 @@ def test_extreme_inputs_stay_finite(row, causal):
         elif name.startswith("q"):
             arrays[name] = 1e4 * arrays[name]
     for variant in row.variants:
-        assert all(jnp.isfinite(x).all() for x in run(row, arrays, causal, variant).values())
+        assert all(
+            jnp.isfinite(x).all() for x in run(row, arrays, row.causal[-1], variant).values()
+        )
 
 
 @operators
 def test_transformations(row):
-    """jit, vmap, grad of vmap, remat and shard_map give what plain calls give."""
+    """jit, vmap, grad of vmap and remat give what plain calls give."""
     sizes = row.fit(Sizes(B=2, T=8, S=8))
     arrays = example(row, sizes)
     batched = {n for n, (_, axes) in row.arguments.items() if axes[0] == "B"}
@@ -165,10 +198,30 @@ def test_transformations(row):
     for other in (stacked, jax.checkpoint(row.call)):
         slopes = jax.jit(jax.grad(functools.partial(loss, other)))(arrays)
         jax.tree.map(close, slopes, plain)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = {n: PartitionSpec("data") if n in batched else PartitionSpec() for n in arrays}
-    sharded = jax.shard_map(row.call, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("data"))
-    close(jax.jit(sharded)(arrays), want)
+
+
+def check_sharded():
+    """Every row by `shard_map` over eight devices, two along the batch and four along heads."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "heads"), axis_types=kinds)
+    for row in OPERATORS:
+        sizes = row.fit(Sizes(B=2, T=8, S=8, H=8, K=4))
+        arrays, names = example(row, sizes), {"B": "data"}
+        if row.heads_apart:
+            names |= {a: "heads" for a in "HK" if getattr(sizes, a) > 1}
+        specs = {n: PartitionSpec(*map(names.get, axes)) for n, (_, axes) in row.arguments.items()}
+        out_spec = PartitionSpec("data", None, names.get("H") if "q" in "".join(arrays) else None)
+        sharded = jax.shard_map(row.call, mesh=mesh, in_specs=(specs,), out_specs=out_spec)
+        got, want = jax.jit(sharded)(arrays), jax.jit(row.call)(arrays)
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5, err_msg=row.name)
+
+
+def test_eight_devices_along_batch_and_heads_agree_with_one():
+    code = "jax.config.update('jax_num_cpu_devices', 8)"
+    code = f"import jax; {code}; import test_conformance; test_conformance.check_sharded()"
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 @operators

@@ -45,6 +45,7 @@ ROWS = (
         2023,
         "2307.08621",
         arguments={"q": ("normal", "BTHD"), "k": ("normal", "BTKD"), "v": ("normal", "BTKV")},
+        heads_apart=False,
         golden=("retention", "retention_state"),
         **_ENGINE_2,
     ),
