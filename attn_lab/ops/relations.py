@@ -144,7 +144,7 @@ def multi_token_attention(
 
     Args:
       q, k, v, causal, scale, mask: as in `dot_product_attention`; what is not allowed counts as 0
-        in the convolutions.
+        in the convolutions, and with a mask so do keys of earlier rows that a row may not see.
       kernel: `[H, cq, ck]` with ck odd.
       kernel_post: None, or as `kernel`.
       head_mix_pre, head_mix_post: None, or `[H / c, c, c]`: in a group of c heads, head i becomes
@@ -166,16 +166,19 @@ def multi_token_attention(
             mix.ndim != 3 or mix.shape[1] != mix.shape[2] or mix.shape[0] * mix.shape[1] != heads
         ):
             raise ValueError(f"{name} must be [{heads} / c, c, c], got {list(mix.shape)}")
-    mask = as_mask(mask, causal)
+    pattern = as_mask(mask, causal)
     v = jnp.repeat(v, heads // v.shape[2], axis=2)
 
     def block(rows, q):
-        allowed = allowed_rows(mask, rows, q_len, k_len)
+        allowed = allowed_rows(pattern, rows, q_len, k_len)
         scores = jnp.where(allowed, _scores(q, k, scale), 0)
-        scores, allowed = _mix(_convolve(scores, kernel), head_mix_pre), allowed[:, :, before:]
-        weights = _softmax(jnp.where(allowed, scores, -jnp.inf))
+        allowed = allowed[:, :, before:]
+        scores = _convolve(scores, kernel, None if mask is None else allowed)
+        weights = _softmax(jnp.where(allowed, _mix(scores, head_mix_pre), -jnp.inf))
         if kernel_post is not None:
-            weights = jnp.where(allowed[:, :, after:], _convolve(weights, kernel_post), 0)
+            allowed = allowed[:, :, after:]
+            weights = _convolve(weights, kernel_post, None if mask is None else allowed)
+            weights = jnp.where(allowed, weights, 0)
         weights = _mix(weights, head_mix_post)
         return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
@@ -189,8 +192,15 @@ def _kernel_rows(name, kernel, heads):
     return kernel.shape[1] - 1
 
 
-def _convolve(scores, kernel):
-    """Without padding along the queries, with zeros along the keys."""
+def _convolve(scores, kernel, allowed=None):
+    """Without padding along the queries, with zeros along the keys.
+
+    If `allowed` of the rows that come out is given, they read allowed keys alone.
+    """
+    if allowed is not None:
+        rows = allowed.shape[2]
+        taps = ((scores[:, :, n : n + rows], kernel[:, n : n + 1]) for n in range(kernel.shape[1]))
+        return sum(_convolve(jnp.where(allowed, x, 0), tap) for x, tap in taps)
     side = kernel.shape[2] // 2
     dtype = jnp.result_type(scores, kernel)
     return jax.lax.conv_general_dilated(

@@ -171,7 +171,7 @@ def length_scaled_attention(
     if mode == "learned" and slope is None:
         raise ValueError("mode 'learned' needs slope")
     mask = as_mask(mask, causal)
-    factor = jnp.log(jnp.maximum(_visible_keys(q, k, mask), 1))
+    factor = jnp.log(jnp.maximum(visible_keys(mask, q.shape[1], k.shape[1]), 1))
     if mode == "log_base":
         factor = factor / math.log(base_length)
     elif mode == "learned":
@@ -344,13 +344,12 @@ def monotonic_alignment(p: jax.Array) -> jax.Array:
     return jnp.moveaxis(jax.lax.scan(step, start, jnp.moveaxis(p, -2, 0))[1], 0, -2)
 
 
-def _visible_keys(q, k, mask):
-    """The number of keys that each query may see, laid out by `operand`."""
+def visible_keys(mask: Mask | None, q_len: int, k_len: int) -> jax.Array:
+    """The number of keys that a mask allows each query, laid out by `operand`."""
     if mask is None:
-        return jnp.full((1, 1, 1, 1), float(k.shape[1]))
+        return jnp.full((1, 1, 1, 1), float(k_len))
     batch, heads = (max([1, *(x.shape[n] for x in mask.operands)]) for n in (0, 1))
-    flat = jnp.zeros((batch, q.shape[1], heads, 1))
-    ones = jnp.ones((batch, k.shape[1], 1, 1))
+    flat, ones = jnp.zeros((batch, q_len, heads, 1)), jnp.ones((batch, k_len, 1, 1))
     counts = engine.attention(flat, ones, ones, mask=mask, normalizer=Pointwise(_one_if_allowed))
     return operand(counts[..., 0], "bqh")
 

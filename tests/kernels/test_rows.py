@@ -12,7 +12,7 @@ X = jax.random.normal(jax.random.key(0), (2, 7, 3))
 def windowed(rows, x):
     """The sum of three rows, the last of them the row itself, and the number of that row."""
     total = x[:, 2:] + x[:, 1:-1] + x[:, :-2]
-    return total, jnp.broadcast_to(rows[2:], x.shape[:1] + (rows.size - 2,))
+    return total, jnp.broadcast_to(rows[2:], (*x.shape[:1], rows.size - 2))
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 50])
