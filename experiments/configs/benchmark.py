@@ -1,0 +1,51 @@
+"""How long mechanisms take at which lengths.
+
+    python -m experiments.benchmark --config=experiments/configs/benchmark.py:PRESET --workdir=DIR
+
+- quick (default): four mechanisms at lengths 512 to 2048, definition against streaming. 1 minute on
+  2 CPU cores.
+- h100: softmax and a window at lengths 2048 to 32,768 in bfloat16, with cuDNN beside them. 3
+  minutes on one H100; the definition does not fit into memory at the greatest length.
+
+`--family=recurrence` times recurrences by their forms; `--config.mechanisms=a,b` any rows of the
+catalogue; `--config.implementations=xla` some implementations alone.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "quick") -> ConfigDict:
+    """The config of a preset.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    config = ConfigDict(
+        {
+            "family": "attention",
+            "mechanisms": "",
+            "implementations": "",
+            "lengths": (512, 1024, 2048),
+            "batch": 1,
+            "heads": 4,
+            "kv_heads": 4,
+            "dim": 64,
+            "dtype": "float32",
+            "causal": True,
+            "passes": ("forward", "forward_backward"),
+            "repeats": 3,
+        }
+    )
+    if preset == "h100":
+        config.update(
+            mechanisms="dot_product_attention,sliding_window_attention",
+            lengths=(2048, 8192, 32768),
+            heads=16,
+            kv_heads=16,
+            dim=128,
+            dtype="bfloat16",
+            repeats=5,
+        )
+    elif preset != "quick":
+        raise ValueError(f"preset must be quick or h100, got {preset!r}")
+    return config
