@@ -12,7 +12,6 @@ from flax import nnx
 from attn_lab import ops
 from attn_lab.nn.attention import MultiHeadAttention
 from attn_lab.nn.heads import DecoupledHeadAttention
-from attn_lab.nn.layers import divide
 
 
 def group_heads(
@@ -39,7 +38,8 @@ def group_heads(
     """
     _check(mixer)
     heads = mixer.num_kv_heads
-    divide(heads, num_kv_heads, "key and value heads; num_kv_heads:")
+    if num_kv_heads < 1 or heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads={num_kv_heads} must divide the {heads} of the mixer")
     mean = jnp.full(heads, num_kv_heads / heads)
     grouped = nnx.clone(mixer)
     merge = functools.partial(ops.merge_key_value_heads, num_groups=num_kv_heads)
