@@ -151,14 +151,12 @@ class Mask:
         pending = [(side, np.arange(count), q_first, k_first)]
         while pending:
             side, of, *firsts = pending.pop()
-            unsure = np.full(len(of), exact) | (sure[of] == 0) | ~lacking[of]
-            of, firsts = of[unsure], [x[unsure] for x in firsts]
             ends = [np.minimum(x + side, stop[of]) for x, stop in zip(firsts, stops)]
             some, every = self._sure(q_len, k_len, firsts[0], ends[0], firsts[1], ends[1])
             size = (ends[0] - firsts[0]) * (ends[1] - firsts[1])
             np.add.at(sure, of[every], size[every])
             lacking[of[~some]] = True
-            open = some & ~every
+            open = some & ~every & (exact | (sure[of] == 0) | ~lacking[of])
             of, firsts, ends = of[open], [x[open] for x in firsts], [x[open] for x in ends]
             if side == leaf and len(of):
                 found = self._evaluate(found, q_len, k_len, of, *firsts, *ends, leaf)
