@@ -47,8 +47,8 @@ def relational_attention(
       q_rel, k_rel: `[B, T, R, Dr]` and `[B, S, R, Dr]`.
       w_rel: `[H, Dv, R]`.
       symbols: what identifies the sender, `[B, S, K, Dv]`; K divides H.
-      relation_activation: "identity", "relu", "sigmoid", "silu", "gelu" or "tanh"; `implementation`
-        is not heard but for the first.
+      relation_activation: "identity", or "relu", "sigmoid", "silu", "gelu" or "tanh", which run by
+        blocks of query rows and have no other `implementation`.
       relation_scale: by default `1 / sqrt(Dr)`.
 
     Returns:
@@ -56,12 +56,17 @@ def relational_attention(
 
     Raises:
       ValueError: if the activation is unknown or shapes do not fit.
+      NotImplementedError: if an implementation is asked for with an activation.
 
     Source: Altabaa and Lafferty, Dual Attention Transformer, 2024, arXiv 2405.16727.
     """
     if relation_activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"relation_activation {relation_activation!r} must be one of {known}")
+    if implementation is not None and relation_activation != "identity":
+        raise NotImplementedError(
+            f"implementation {implementation!r} needs relation_activation='identity'; drop it"
+        )
     heads, dim = q.shape[2], symbols.shape[-1]
     relations, relation_dim = q_rel.shape[2:]
     if w_rel.shape != (heads, dim, relations) or k_rel.shape[2:] != q_rel.shape[2:]:

@@ -28,8 +28,7 @@ BLOCK = 512
 def attend(tile: Tile, block_q: int | None = None, block_k: int | None = None):
     """The output `[B, H, T, Dv]` in float32 or better, and the statistics of the rows."""
     q_len, k_len = tile.q.shape[2], tile.k.shape[2]
-    width = 1 if tile.score is None else tile.score.width
-    side = max(16, BLOCK // math.isqrt(width))
+    side = _side(tile)
     block_q, block_k = block_q or side, block_k or side
     leaves, treedef = jax.tree.flatten(tile)
     whole = 1 + len(jax.tree.leaves(tile.score))
@@ -39,6 +38,16 @@ def attend(tile: Tile, block_q: int | None = None, block_k: int | None = None):
     grid = Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes)
     out, stats = _attend(grid, grid.cut(leaves))
     return grid.join(out), tuple(map(grid.join, stats))
+
+
+def _side(tile: Tile) -> int:
+    """Keys and queries of a tile: more on accelerators, where every tile costs its launches."""
+    batch, heads = tile.q.shape[:2]
+    width = 1 if tile.score is None else tile.score.width
+    side = BLOCK if jax.default_backend() == "cpu" else 4 * BLOCK
+    while side > BLOCK and batch * heads * width * side**2 > 2**26:
+        side //= 2
+    return max(16, side // math.isqrt(width))
 
 
 @dataclasses.dataclass(frozen=True)
