@@ -209,7 +209,8 @@ def train(config: ConfigDict, workdir: str | Path) -> list[Run]:
     runs = []
     for point in points:
         print(f"{run_name(*point)}  ({len(runs) + 1} of {len(points)})", flush=True)
-        runs.append(train_one(config, point, *parts, workdir))
+        with jax.default_matmul_precision(config.matmul_precision):
+            runs.append(train_one(config, point, *parts, workdir))
         jax.clear_caches()  # a sweep compiles a program a point, and none serves another
     if jax.process_index() == 0:
         print(table(runs))
