@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import pytest
 
@@ -5,11 +7,15 @@ jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are t
 jax.config.update("jax_disable_most_optimizations", True)  # small arrays: compiling is the work
 
 
-@pytest.fixture(autouse=True, scope="module")
+COUNT = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
 def fresh_caches():
-    """Compiled functions of one file are not those of the next, and take gigabytes together."""
+    """Compiled functions of many tests take gigabytes together."""
     yield
-    jax.clear_caches()
+    if next(COUNT) % 50 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
