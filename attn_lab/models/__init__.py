@@ -3,6 +3,7 @@
 from attn_lab.models.decoder import DecoderLM, count_parameters
 from attn_lab.models.generate import generate
 from attn_lab.models.parity import first_logit, parity_logit
+from attn_lab.models.schedule import layer_schedule
 from attn_lab.models.vision import CCT, CVT, CompactTransformer, ViTLite
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "count_parameters",
     "first_logit",
     "generate",
+    "layer_schedule",
     "parity_logit",
 ]

@@ -13,6 +13,8 @@ from attn_lab.nn.attention import (
 )
 from attn_lab.nn.conversion import decouple_heads, group_heads
 from attn_lab.nn.convolution import BaseConv
+from attn_lab.nn.cross import LuongAttention, PredictedCenter, SkimAttention, SkimLayer
+from attn_lab.nn.documents import ChunkedEncoder, KernelPooling
 from attn_lab.nn.heads import (
     DecoupledHeadAttention,
     DifferentialQKVAttention,
@@ -44,6 +46,7 @@ from attn_lab.nn.normalizers import (
     TaylorAttention,
     TopKAttention,
 )
+from attn_lab.nn.pooling import SelfGatedPooling
 from attn_lab.nn.recurrent import (
     DeltaNet,
     GatedDeltaNet,
@@ -93,6 +96,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "similarity_attention": SimilarityAttention,
     "sinkhorn_attention": SinkhornAttention,
     "straight_through_hard_attention": HardAttention,
+    "self_gated_pooling": SelfGatedPooling,
     "taylor_attention": TaylorAttention,
     "topk_attention": TopKAttention,
     "decoupled_head_attention": DecoupledHeadAttention,
@@ -152,6 +156,7 @@ __all__ = [
     "MIXERS",
     "BaseConv",
     "Build",
+    "ChunkedEncoder",
     "ClippedSoftmaxAttention",
     "ComplexAttention",
     "CompositionalAttention",
@@ -170,12 +175,14 @@ __all__ = [
     "GatedPositionalAttention",
     "HardAttention",
     "HeadEmbeddingAttention",
+    "KernelPooling",
     "LeanAttention",
     "LengthScaledAttention",
     "LinearAttention",
     "LinearBiasAttention",
     "LongShortAttention",
     "LowRankAttentionPooling",
+    "LuongAttention",
     "MLPScoreAttention",
     "MatrixStateMixer",
     "Mixer",
@@ -186,18 +193,22 @@ __all__ = [
     "MultiScaleRetention",
     "MultiTokenAttention",
     "NormalizedAttention",
+    "PredictedCenter",
     "QuantizableGate",
     "RectifiedLinearAttention",
     "RelationalAttention",
     "RelativeBiasAttention",
     "ReluAttention",
     "SelectiveAttention",
+    "SelfGatedPooling",
     "ShortConv",
     "SigmoidAttention",
     "SimilarityAttention",
     "SimilaritySelfAttention",
     "SinkAttention",
     "SinkhornAttention",
+    "SkimAttention",
+    "SkimLayer",
     "TaylorAttention",
     "TopKAttention",
     "decouple_heads",
