@@ -8,6 +8,7 @@ from flax import nnx
 
 from attn_lab.models import DecoderLM, layer_schedule
 
+call = nnx.jit(lambda lm, tokens: lm(tokens)[0])
 TOKENS = jax.random.randint(jax.random.key(0), (1, 8), 0, 11)
 
 
@@ -32,8 +33,8 @@ def test_three_of_four_layers_rotate():
 
 
 def test_wide_windows_and_rotation_everywhere_are_a_standard_decoder():
-    want = model([{"rope_theta": 50.0}] * 2)(TOKENS)[0]
-    got = model(layer_schedule(2, pattern="r", window=8, rope_theta=50.0))(TOKENS)[0]
+    want = call(model([{"rope_theta": 50.0}] * 2), TOKENS)
+    got = call(model(layer_schedule(2, pattern="r", window=8, rope_theta=50.0)), TOKENS)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -41,13 +42,13 @@ def test_a_layer_without_positions_does_not_see_the_order_of_the_past():
     order = jnp.array([3, 0, 2, 1, 4, 6, 5, 7])
     for pattern, same in ("n", True), ("r", False):
         lm = model(layer_schedule(1, pattern=pattern, window=8))
-        last, moved = lm(TOKENS)[0][:, -1], lm(TOKENS[:, order])[0][:, -1]
+        last, moved = call(lm, TOKENS)[:, -1], call(lm, TOKENS[:, order])[:, -1]
         assert np.allclose(last, moved, atol=1e-4) is same
 
 
 def test_a_hybrid_decodes_and_keeps_less():
     lm = model(layer_schedule(2, pattern="rn", window=3))
-    want, cache, parts = lm(TOKENS)[0], lm.init_cache(1, 8), []
+    want, cache, parts = call(lm, TOKENS), lm.init_cache(1, 8), []
     for cut in slice(0, 5), slice(5, 8):
         logits, _, cache = lm(TOKENS[:, cut], cache=cache)
         parts.append(logits)

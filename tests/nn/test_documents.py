@@ -26,7 +26,7 @@ def pooling(**arguments):
     return KernelPooling(**arguments, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("chunk", "overlap"), [(4, 1), (3, 4), (11, 0), (20, 2)])
+@pytest.mark.parametrize(("chunk", "overlap"), [(4, 1), (3, 4), (20, 2)])
 def test_one_layer_in_chunks_is_attention_under_a_halo_mask(chunk, overlap):
     layer = mixer()
     q, k, v, _, _ = layer._inputs(X, None, None)
@@ -39,8 +39,9 @@ def test_padding_has_no_influence_and_empty_chunks_need_no_encoding(max_chunks):
     encoder = ChunkedEncoder(mixer(), chunk=4, overlap=2)
     noise = jnp.where(MASK[..., None], X, jnp.nan)
     got = nnx.jit(lambda e, x: e(x, mask=MASK, max_chunks=max_chunks))(encoder, noise)
-    close(got[0], encoder(X[:1])[0])
-    close(got[1, :3], encoder(X[1:, :3])[0])
+    call = nnx.jit(lambda e, x: e(x))
+    close(got[0], call(encoder, X[:1])[0])
+    close(got[1, :3], call(encoder, X[1:, :3])[0])
     assert (got[1, 3:] == 0).all()
 
 
@@ -55,6 +56,11 @@ def test_only_so_many_chunks_are_encoded():
     encoder(X, mask=MASK, max_chunks=4)
     assert seen == [(4, 8, 8)]
     assert jnp.isnan(encoder(X, mask=MASK, max_chunks=3)).any()
+
+
+@nnx.jit
+def score(module, *inputs, **masks):
+    return module(*inputs, **masks)
 
 
 def reference(module, query, document, influence):
@@ -90,7 +96,7 @@ def test_scores_are_those_of_a_loop_over_windows(saturation, length):
     else:
         module.slopes[...] *= 300
     query, influence = X[:, :3], jnp.array([[0.3, 2.0, 1.0], [1.0, 0.0, 4.0]])
-    got = module(query, X[:, :length], influence=influence)
+    got = score(module, query, X[:, :length], influence=influence)
     for n in range(2):
         pair = np.array(query[n]), np.array(X[n, :length]), np.array(influence[n])
         np.testing.assert_allclose(got[n], reference(module, *pair), rtol=1e-3, atol=1e-3)
@@ -102,9 +108,11 @@ def test_padding_of_queries_and_documents_has_no_influence(saturation):
     query, document = X[1:, :5], X[1:]
     masks = {"query_mask": jnp.arange(5)[None] < 3, "mask": MASK[1:]}
     np.testing.assert_allclose(
-        module(query, document, **masks), module(query[:, :3], document[:, :3]), rtol=1e-3
+        score(module, query, document, **masks),
+        score(module, query[:, :3], document[:, :3]),
+        rtol=1e-3,
     )
-    assert (module(query, document, mask=jnp.zeros((1, 11), bool)) == 0).all()
+    assert (score(module, query, document, mask=jnp.zeros((1, 11), bool)) == 0).all()
 
 
 @pytest.mark.parametrize("saturation", ["power", "log"])
@@ -112,7 +120,7 @@ def test_every_parameter_gets_a_finite_gradient(saturation):
     def loss(module):
         return module(X[:, :3], X, mask=MASK, influence=jnp.ones((2, 3))).sum()
 
-    for path, grad in nnx.to_flat_state(nnx.grad(loss)(pooling(saturation=saturation))):
+    for path, grad in nnx.to_flat_state(nnx.jit(nnx.grad(loss))(pooling(saturation=saturation))):
         assert jnp.isfinite(grad[...]).all() and (grad[...] != 0).any(), path
 
 
