@@ -62,17 +62,26 @@ def check(stem: str, wide: bool) -> None:
         return
     moving = {k: v for k, v in arrays.items() if k in grads}
     fixed = {k: v for k, v in arrays.items() if k not in grads}
-    got, pullback = jax.vjp(
-        lambda moving: jax.tree.leaves(function(**moving, **fixed, **static)), moving
-    )
-    for n, out in enumerate(got):
-        close(out, outs[n], f"{stem}: output {n}")
-    if grads:
+
+    def run(moving):
+        got, pullback = jax.vjp(
+            lambda moving: jax.tree.leaves(function(**moving, **fixed, **static)), moving
+        )
         given = [
-            jnp.asarray(cts[n], out.dtype) if n in cts else jnp.zeros_like(out)
+            jnp.asarray(cts[n], out.dtype) if n in cts else _zero_cotangent(out)
             for n, out in enumerate(got)
         ]
-        slopes = pullback(given)[0]
-        for name, want in grads.items():
-            for a, b in zip(jax.tree.leaves(slopes[name]), jax.tree.leaves(want), strict=True):
-                close(a, b, f"{stem}: gradient of {name}")
+        return got, pullback(given)[0] if grads else None
+
+    got, slopes = (jax.jit(run) if grads else run)(moving)
+    for n, out in enumerate(got):
+        close(out, outs[n], f"{stem}: output {n}")
+    for name, want in grads.items():
+        for a, b in zip(jax.tree.leaves(slopes[name]), jax.tree.leaves(want), strict=True):
+            close(a, b, f"{stem}: gradient of {name}")
+
+
+def _zero_cotangent(out):
+    if jnp.issubdtype(out.dtype, jnp.inexact):
+        return jnp.zeros_like(out)
+    return np.zeros(out.shape, jax.dtypes.float0)

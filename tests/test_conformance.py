@@ -194,7 +194,7 @@ def test_transformations(row):
     def loss(call, arrays):
         return jnp.sum(jnp.sin(call(arrays)))
 
-    stacked = jax.vmap(one, (axes,))
+    stacked = jax.jit(jax.vmap(one, (axes,)))
     close(stacked(arrays), want)
     plain = jax.jit(jax.grad(functools.partial(loss, row.call)))(arrays)
     for other in (stacked, jax.checkpoint(row.call)):
