@@ -3,7 +3,16 @@
 `python -m attn_lab.catalogue README.md` writes the table of mechanisms into that file.
 """
 
-from attn_lab.catalogue import attention, heads, masks, normalizers, positions, recurrence, scores
+from attn_lab.catalogue import (
+    attention,
+    heads,
+    linear_weights,
+    masks,
+    normalizers,
+    positions,
+    recurrence,
+    scores,
+)
 from attn_lab.catalogue.mechanism import KINDS, Mechanism, Sizes
 
 START, END = "<!-- mechanisms: start -->", "<!-- mechanisms: end -->"
@@ -14,6 +23,7 @@ CATALOGUE: tuple[Mechanism, ...] = (
     *scores.ROWS,
     *heads.ROWS,
     *recurrence.ROWS,
+    *linear_weights.ROWS,
     *masks.ROWS,
     *positions.ROWS,
 )
