@@ -115,7 +115,7 @@ def magnitude_aware_linear_attention(
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> jax.Array:
-    """Linear attention whose weights become more peaked for longer queries, and still sum to 1.
+    """Linear attention whose weights sum to 1 and are more peaked for longer queries.
 
         z_t = scale <Q_t, mean_s K_s>,    Q = elu(q) + 1, K = elu(k) + 1
         o_t = sum_s ((1 + 1 / (z_t + eps)) scale <rot Q_t, rot K_s> - z_t) v_s / S
