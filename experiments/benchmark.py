@@ -4,12 +4,16 @@ Every case (mechanism, implementation, length, pass) is timed against the limit 
 is measured in the same run: a large matrix product and a large copy. The workdir receives
 `cases.jsonl`, a line a case as it is done, `benchmark.json` and `benchmark.png`. The same command
 continues a run that was interrupted. Presets are in `experiments/configs/benchmark.py`.
+
+FLOPs are those of the pairs that the mask allows, bytes those of inputs and outputs alone, and the
+fraction of the limit is the least time that the device needs for either, over the time it took.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
+import platform
 import statistics
 import sys
 import time
@@ -19,24 +23,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from attn_lab.catalogue import Mechanism, Sizes, find
-from attn_lab.training import run_main
+from attn_lab.ops import as_mask
+from attn_lab.training import claim_workdir, run_main
+from attn_lab.training.config import as_dict
 
 PASSES = "forward", "forward_backward"
 CUDNN = "cudnn"
 COLUMNS = (
-    ("mechanism", "mechanism", "<28"),
-    ("implementation", "implementation", "<14"),
-    ("pass", "pass", "<17"),
-    ("length", "length", ">7"),
-    ("milliseconds", "ms", ">10.3f"),
-    ("temporary_megabytes", "temp, MB", ">10.1f"),
-    ("teraflops_per_second", "TFLOP/s", ">9.3f"),
-    ("gigabytes_per_second", "GB/s", ">9.1f"),
-    ("fraction_of_limit", "of limit", ">9.3f"),
+    ("mechanism", "mechanism", "<28", None),
+    ("implementation", "implementation", "<14", None),
+    ("pass", "pass", "<16", None),
+    ("length", "length", ">7", 1),
+    ("milliseconds", "min, ms", ">10.3f", 1),
+    ("median_milliseconds", "median, ms", ">10.3f", 1),
+    ("flops", "GFLOP", ">10.3f", 1e9),
+    ("bytes", "MB", ">9.2f", 1e6),
+    ("temporary_megabytes", "temp, MB", ">10.1f", 1),
+    ("teraflops_per_second", "TFLOP/s", ">9.3g", 1),
+    ("gigabytes_per_second", "GB/s", ">9.3g", 1),
+    ("fraction_of_limit", "of limit", ">9.3g", 1),
 )
 
 
@@ -48,8 +59,8 @@ def sizes_of(config: ConfigDict, row: Mechanism, length: int) -> Sizes:
         S=length,
         H=config.heads,
         K=config.kv_heads,
-        D=config.dim,
-        V=config.dim,
+        D=config.head_dim,
+        V=config.head_dim,
     )
     return row.fit(sizes)
 
@@ -84,24 +95,30 @@ def cases(config: ConfigDict) -> Iterator[tuple[dict[str, Any], Callable[[], dic
     Raises:
       ValueError: a mechanism, an implementation or a pass is unknown.
     """
-    names = config.mechanisms.split(",") if config.mechanisms else DEFAULTS.get(config.family, ())
-    rows = [find(name) for name in names]
-    if not rows:
-        raise ValueError(
-            f"family must be one of {', '.join(DEFAULTS)}, or mechanisms be named; "
-            f"got {config.family!r}"
-        )
+    if not config.mechanisms and config.family not in config.families:
+        known = ", ".join(config.families)
+        raise ValueError(f"family must be one of {known}; got {config.family!r}")
+    names = config.mechanisms or config.families[config.family]
+    rows = [find(name) for name in names.split(",")]
     wanted = [name for name in config.implementations.split(",") if name]
-    known = {name for row in rows for variant in row.variants for name in variant.values()}
+    own = {row.name: implementations(row, config) for row in rows}
+    known = sorted({name for calls in own.values() for name in calls})
     for name in wanted:
-        if name not in known | {CUDNN}:
-            raise ValueError(f"implementation {name!r} is unknown; choose of {sorted(known)}")
+        if name not in known:
+            needs = f"; {CUDNN} needs a GPU, 16 bits and dot_product_attention"
+            raise ValueError(
+                f"implementation {name!r} is not there; choose of {', '.join(known)}"
+                + needs * (name == CUDNN)
+            )
     for name in config.passes:
         if name not in PASSES:
             raise ValueError(f"passes must be of {', '.join(PASSES)}, got {name!r}")
+    for name in ("lengths", "passes"):
+        if not config[name]:
+            raise ValueError(f"{name} must have at least one entry, got none")
     for length in config.lengths:
         for row in rows:
-            for name, call in implementations(row, config).items():
+            for name, call in own[row.name].items():
                 for kind in config.passes:
                     case = {
                         "mechanism": row.name,
@@ -113,12 +130,25 @@ def cases(config: ConfigDict) -> Iterator[tuple[dict[str, Any], Callable[[], dic
                         yield case, lambda a=(row, call, kind, length): measure(config, *a)
 
 
+def flops_of(row: Mechanism, sizes: Sizes, causal: bool) -> float:
+    """Multiplications and additions of a forward pass over the pairs that are allowed."""
+    whole = row.flops(sizes)
+    doubled = row.flops(dataclasses.replace(sizes, T=2 * sizes.T, S=2 * sizes.S))
+    # Of a T^2 + b T this is a T^2, which a mask makes smaller; recurrences have none.
+    of_pairs = (doubled - 2 * whole) / 2
+    mask = as_mask(row.settings.get("mask"), causal)
+    if mask is None or not of_pairs:
+        return float(whole)
+    share = float(np.mean(mask.count(sizes.T, sizes.S))) / (sizes.T * sizes.S)
+    return whole - (1 - share) * of_pairs
+
+
 def measure(
     config: ConfigDict, row: Mechanism, call: Callable[..., jax.Array], kind: str, length: int
 ) -> dict[str, Any]:
-    """Time, memory and rates of a case; `error` instead where it does not fit into memory."""
+    """Time, memory and rates of a case; `error` and `reason` where it does not fit into memory."""
     sizes = sizes_of(config, row, length)
-    arrays = row.example(sizes, jax.random.key(0), jnp.dtype(config.dtype))
+    dtype = jnp.dtype(config.dtype)
     causal = config.causal if config.causal in row.causal else row.causal[0]
 
     def forward(arrays):
@@ -129,28 +159,42 @@ def measure(
         return out, pullback(out)
 
     backward = kind == "forward_backward"
+    memory = {}
     try:
+        arrays = row.example(sizes, jax.random.key(0), dtype)
         compiled = jax.jit(both if backward else forward).lower(arrays).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
-        if temporary > free_bytes():
-            return {"error": "out of memory", "temporary_megabytes": temporary / 1e6}
+        memory["temporary_megabytes"] = temporary / 1e6
+        free = free_bytes()
+        if temporary > free:
+            reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
+            return {"error": "out of memory", "reason": reason, **memory}
         seconds = timings(lambda: compiled(arrays), config.repeats)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        return {"error": "out of memory"}
-    half = 0.5 if causal and row.family == "attention" else 1.0
-    flops = row.flops(sizes) * half * (3.5 if backward else 1)
-    moved = row.bytes(sizes, jnp.dtype(config.dtype)) * (2 if backward else 1)
-    best = min(seconds)
+        return {"error": "out of memory", "reason": str(error).split("\n")[0][:300], **memory}
+    # A backward pass computes scores again and has four products more: 5 beside the 2 of forward.
+    flops = flops_of(row, sizes, causal) * (3.5 if backward else 1)
     return {
-        "milliseconds": 1e3 * best,
+        "milliseconds": 1e3 * min(seconds),
         "median_milliseconds": 1e3 * statistics.median(seconds),
-        "temporary_megabytes": temporary / 1e6,
+        **memory,
         "flops": flops,
-        "bytes": moved,
-        "teraflops_per_second": flops / best / 1e12,
-        "gigabytes_per_second": moved / best / 1e9,
+        "bytes": row.bytes(sizes, dtype) * (2 if backward else 1),
+    }
+
+
+def with_rates(row: dict[str, Any], limit: Mapping[str, float]) -> dict[str, Any]:
+    """A measured row with what follows from its time, FLOPs and bytes."""
+    if "error" in row:
+        return row
+    seconds = row["milliseconds"] / 1e3
+    needed = max(row[name] / limit[f"{name}_per_second"] for name in ("flops", "bytes"))
+    return row | {
+        "teraflops_per_second": row["flops"] / seconds / 1e12,
+        "gigabytes_per_second": row["bytes"] / seconds / 1e9,
+        "fraction_of_limit": needed / seconds,
     }
 
 
@@ -175,7 +219,11 @@ def free_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def limits(dtype: str, repeats: int) -> dict[str, float]:
@@ -194,45 +242,50 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Times all cases of a config, prints a table and writes it to the workdir.
 
     Returns:
-      What `benchmark.json` holds: device, versions, limits, config, and a row for every case.
+      What `benchmark.json` holds: device, versions, command, limits, config, and a row for every
+      case.
+
+    Raises:
+      ValueError: a mechanism, an implementation or a pass is unknown, or the workdir holds cases of
+        another config or device; then nothing on disk has changed.
     """
-    if "family" in flags.FLAGS and flags.FLAGS.is_parsed() and flags.FLAGS.family:
-        config.family = flags.FLAGS.family
-    workdir, todo = Path(workdir), list(cases(config))
-    workdir.mkdir(parents=True, exist_ok=True)
-    described = json.loads(config.to_json())
-    if (workdir / "config.json").exists():
-        if json.loads((workdir / "config.json").read_text()) != described:
-            raise ValueError(f"workdir {workdir} holds cases of another config; choose a new one")
-    else:
-        (workdir / "config.json").write_text(json.dumps(described, indent=1))
+    todo = list(cases(config))
+    device = jax.devices()[0].device_kind
+    workdir = claim_workdir(workdir, as_dict(config) | {"device": device})
     path = workdir / "cases.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
-    rows = [json.loads(line) for line in whole]
     path.write_text("".join(whole))
-    limit = limits(config.dtype, config.repeats)
-    print("  ".join(f"{title:{form.split('.')[0].rstrip('f')}}" for _, title, form in COLUMNS))
+
+    def keep(row):
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    if whole:
+        limit, *rows = (json.loads(line) for line in whole)
+    else:
+        limit, rows = limits(config.dtype, config.repeats), []
+        keep(limit)
+    print("  ".join(f"{name:{form.split('.')[0]}}" for _, name, form, _ in COLUMNS).rstrip())
     for row in rows:
         print(line_of(row))
     for case, measured in todo:
         if any(case.items() <= row.items() for row in rows):
             continue
-        row = case | measured()
-        if "error" not in row:
-            needed = row["flops"] / limit["flops_per_second"]
-            needed = max(needed, row["bytes"] / limit["bytes_per_second"])
-            row["fraction_of_limit"] = 1e3 * needed / row["milliseconds"]
-        rows.append(row)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(line_of(row), flush=True)
+        rows.append(with_rates(case | measured(), limit))
+        keep(rows[-1])
+        print(line_of(rows[-1]), flush=True)
     result = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        "device": device,
+        "versions": {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "python": platform.python_version(),
+            "platform": jax.devices()[0].client.platform_version,
+        },
         "command": " ".join(["python -m experiments.benchmark", *sys.argv[1:]]),
         "limits": limit,
-        "config": described,
+        "config": as_dict(config),
         "rows": rows,
     }
     (workdir / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -242,47 +295,58 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 def line_of(row: Mapping[str, Any]) -> str:
     """A line of the table."""
-    cells = [
-        f"{row[key]:{form}}" if key in row else f"{'-':>{form[1:].split('.')[0]}}"
-        for key, _, form in COLUMNS
-    ]
+    cells = []
+    for key, _, form, unit in COLUMNS:
+        if key not in row:
+            cells.append(f"{'-':{form.split('.')[0]}}")
+        else:
+            cells.append(f"{row[key] / unit if '.' in form else row[key]:{form}}")
     return "  ".join([*cells, row.get("error", "")]).rstrip()
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Milliseconds and temporary memory over the length, a line for every implementation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in rows)]
-    figure, axes = plt.subplots(1, 1 + len(kinds), figsize=(5 + 5 * len(kinds), 4.5))
+    names = list(dict.fromkeys((row["mechanism"], row["implementation"]) for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    figure = Figure(figsize=(5 + 5 * len(kinds), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 1 + len(kinds))
     panels = [(kind, "milliseconds") for kind in kinds] + [(kinds[-1], "temporary_megabytes")]
     for ax, (kind, key) in zip(axes, panels):
-        some = [row for row in rows if row["pass"] == kind and key in row]
-        for name in dict.fromkeys((row["mechanism"], row["implementation"]) for row in some):
-            line = [row for row in some if (row["mechanism"], row["implementation"]) == name]
-            ax.loglog(*zip(*((r["length"], r[key]) for r in line)), "o-", label=", ".join(name))
-        ax.set(xlabel="length", ylabel=key.replace("_", " "), title=kind.replace("_", " + "))
-    if axes[0].lines:
-        axes[0].legend(fontsize=7)
-    figure.tight_layout()
+        ax.set(xscale="log", yscale="log", title=kind.replace("_", " + "))
+        for n, name in enumerate(names):
+            own = [
+                row
+                for row in rows
+                if (row["mechanism"], row["implementation"]) == name and row["pass"] == kind
+            ]
+            label = " ".join(name).replace("_", " ")
+            lost = [row["length"] for row in own if "error" in row]
+            if lost:
+                label += f" (out of memory at {min(lost):,})"
+            points = [(row["length"], row[key]) for row in own if key in row and "error" not in row]
+            style = dict(color=f"C{n % 10}", marker="osD^vPX*"[n % 8], ls=("-", "--")[n % 2])
+            ax.plot(*(zip(*points) if points else ([], [])), label=label, alpha=0.8, **style)
+        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        ax.xaxis.set_minor_formatter("")
+        ax.set(xlabel="length", ylabel=key.replace("_", " "))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
-
-DEFAULTS = {
-    "attention": (
-        "dot_product_attention",
-        "sliding_window_attention",
-        "sigmoid_attention",
-        "entmax_attention",
-    ),
-    "recurrence": ("linear_attention", "gated_linear_attention", "delta_rule"),
-}
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("family", None, list(DEFAULTS), "Family of mechanisms; as config.family.")
-    here = Path(__file__).parent
-    run_main(benchmark, here / "configs" / "benchmark.py", "runs/benchmark")
+    family = flags.DEFINE_string("family", None, "Family of mechanisms; as config.family.")
+
+    def main(config: ConfigDict, workdir: str) -> None:
+        if family.value:
+            config.family = family.value
+        benchmark(config, workdir)
+
+    run_main(main, Path(__file__).parent / "configs/benchmark.py", "runs/benchmark")

@@ -1,65 +1,121 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
+from attn_lab import ops
+from attn_lab.catalogue import Sizes, find
 from experiments import benchmark as module
 from experiments.benchmark import benchmark
 from experiments.configs.benchmark import get_config
 
+LIMIT = {"flops_per_second": 1e9, "bytes_per_second": 2e9}
+
 
 def tiny(**changes):
     config = get_config()
-    config.update(mechanisms="dot_product_attention", lengths=(16, 32), dim=8, repeats=1)
+    config.update(mechanisms="dot_product_attention", lengths=(16, 32), head_dim=8, repeats=2)
     config.update(changes)
     return config
 
 
-def test_every_case_is_timed_written_and_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        module, "limits", lambda *_: {"flops_per_second": 1e9, "bytes_per_second": 1e9}
-    )
+@pytest.fixture(autouse=True)
+def no_limits_to_measure(monkeypatch):
+    monkeypatch.setattr(module, "limits", lambda *_: dict(LIMIT))
+
+
+def test_every_case_is_timed_written_and_not_repeated(tmp_path, monkeypatch, capsys):
     result = benchmark(tiny(), tmp_path)
     rows = result["rows"]
     assert len(rows) == 2 * 2 * 2
     for row in rows:
-        assert row["milliseconds"] > 0 and row["flops"] > 0 and row["bytes"] > 0
-        needed = max(row["flops"], row["bytes"]) / 1e9
+        assert 0 < row["milliseconds"] <= row["median_milliseconds"]
+        needed = max(row["flops"] / 1e9, row["bytes"] / 2e9)
         assert row["fraction_of_limit"] == pytest.approx(1e3 * needed / row["milliseconds"])
-    shorter, longer = (next(r for r in rows if r["length"] == n) for n in (16, 32))
-    assert longer["flops"] == 4 * shorter["flops"] and longer["bytes"] == 2 * shorter["bytes"]
+        per_second = row["flops"] / row["milliseconds"] * 1e3
+        assert row["teraflops_per_second"] == pytest.approx(per_second / 1e12)
+    first = {"mechanism": "dot_product_attention", "implementation": "xla", "pass": "forward"}
+    shorter, longer = (row for row in rows if first.items() <= row.items())
+    # Two heads; 136 pairs of 16 positions; two products of 8 channels; q, k, v and the output.
+    assert shorter["flops"] == 2 * 136 * 2 * 2 * 8
+    assert shorter["bytes"] == 4 * (2 * 16 * 8) * 4 and longer["bytes"] == 2 * shorter["bytes"]
+    assert result["limits"] == LIMIT and result["versions"]["jax"] == jax.__version__
+    assert result["device"] == jax.devices()[0].device_kind and result["command"]
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(result))
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows) and len({len(line) for line in [head, *lines]}) == 1
 
     path = tmp_path / "cases.jsonl"
     kept = path.read_text().splitlines(keepends=True)
+    assert len(kept) == 1 + len(rows)
     path.write_text("".join(kept[:-2]) + kept[-2][:30])
     timed = []
     monkeypatch.setattr(module, "measure", lambda *case: timed.append(case) or {"error": "again"})
-    again = benchmark(tiny(), tmp_path)["rows"]
-    assert len(timed) == 2 and again[:-2] == rows[:-2] and len(again) == len(rows)
-    with pytest.raises(ValueError, match="holds cases of another config"):
-        benchmark(tiny(dim=16), tmp_path)
+    monkeypatch.setattr(module, "limits", None)
+    again = benchmark(tiny(), tmp_path)
+    assert again["limits"] == LIMIT
+    assert len(timed) == 2 and again["rows"][:-2] == rows[:-2] and len(again["rows"]) == len(rows)
+    with pytest.raises(ValueError, match="another config, which differs in: head_dim"):
+        benchmark(tiny(head_dim=16), tmp_path)
+    assert path.read_text().count("\n") == 1 + len(rows)
 
 
 def test_what_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
-    def exhausted(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    whole = module.measure
 
-    monkeypatch.setattr(module, "timings", lambda call, repeats: [1.0])
-    monkeypatch.setattr(module, "free_bytes", lambda: 0)
-    config = tiny(lengths=(16,), passes=("forward_backward",))
-    assert [r["error"] for r in benchmark(config, tmp_path / "a")["rows"]] == 2 * ["out of memory"]
-    monkeypatch.setattr(
-        module, "limits", lambda *_: {"flops_per_second": 1.0, "bytes_per_second": 1.0}
-    )
-    monkeypatch.setattr(module, "free_bytes", lambda: 10**12)
-    monkeypatch.setattr(module, "timings", exhausted)
-    assert [r["error"] for r in benchmark(config, tmp_path / "b")["rows"]] == 2 * ["out of memory"]
+    def exhausted(call, repeats):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nand a long story")
+
+    def measure(config, row, call, kind, length):
+        with monkeypatch.context() as patch:
+            if length == 16:
+                patch.setattr(module, "timings", exhausted)
+            if length == 24:
+                patch.setattr(module, "free_bytes", lambda: 0)
+            return whole(config, row, call, kind, length)
+
+    monkeypatch.setattr(module, "measure", measure)
+    config = tiny(lengths=(16, 24, 32), passes=("forward_backward",), implementations="definition")
+    first, second, third = benchmark(config, tmp_path)["rows"]
+    assert first["error"] == second["error"] == "out of memory" and "error" not in third
+    assert first["reason"] == "RESOURCE_EXHAUSTED: 9 GB"
+    assert "GB of temporaries, 0.0 GB free" in second["reason"]
+    assert "fraction_of_limit" in third and "fraction_of_limit" not in first
 
 
-def test_families_name_their_implementations():
-    config = get_config()
+def test_another_failure_is_not_called_out_of_memory(tmp_path, monkeypatch):
+    def broken(call, repeats):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a kernel failed")
+
+    monkeypatch.setattr(module, "timings", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
+        benchmark(tiny(), tmp_path)
+
+
+def test_flops_are_those_of_allowed_pairs():
+    sizes = Sizes(B=2, T=64, S=64, H=4, K=4, D=8, V=8)
+    a_pair = 2 * 2 * 4 * (8 + 8)
+    window = find("sliding_window_attention")
+    seen = np.asarray((ops.causal_mask() & ops.sliding_window_mask(4, 4)).dense(64, 64)).sum()
+    assert module.flops_of(window, sizes, causal=True) == pytest.approx(a_pair * seen)
+    softmax = find("dot_product_attention")
+    assert module.flops_of(softmax, sizes, causal=False) == a_pair * 64 * 64
+    recurrent = find("gated_linear_attention")
+    assert module.flops_of(recurrent, sizes, causal=True) == recurrent.flops(sizes)
+
+
+def test_limits_are_rates(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "timings", lambda call, repeats: [call() is None, 2.0, 4.0][1:])
+    found = module.limits("float32", 2)
+    assert found == {"flops_per_second": 1024**3, "bytes_per_second": 2**26}
+
+
+@pytest.mark.parametrize("preset", ["quick", "h100"])
+def test_families_name_their_implementations(preset):
+    config = get_config(preset)
     config.family = "recurrence"
     found = {case["implementation"] for case, _ in module.cases(config)}
     assert found == {"recurrent", "parallel", "chunk"}
@@ -68,9 +124,11 @@ def test_families_name_their_implementations():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mechanisms": "atention"}, "'atention' is unknown"),
-        ({"implementations": "cuda"}, "implementation 'cuda' is unknown"),
+        ({"mechanisms": "atention"}, "'atention' is unknown; choose one of dot_product"),
+        ({"implementations": "cuda"}, "'cuda' is not there; choose of definition, xla"),
+        ({"implementations": "cudnn", "dtype": "float32"}, "cudnn needs a GPU, 16 bits"),
         ({"passes": ("backward",)}, "passes must be of forward, forward_backward"),
+        ({"lengths": ()}, "lengths must have at least one entry"),
         ({"mechanisms": "", "family": "masks"}, "family must be one of attention, recurrence"),
     ],
 )
@@ -78,3 +136,8 @@ def test_errors_come_before_anything_is_written(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         benchmark(tiny(**changes), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_preset_that_is_not_there():
+    with pytest.raises(ValueError, match="preset must be quick or h100, got 'h200'"):
+        get_config("h200")
