@@ -17,13 +17,14 @@ kinds = pytest.mark.parametrize("decay, write", KINDS)
 def inputs(seed, decay, write, length=13, heads=(2, 2, 2, 2), dim=5, v_dim=3, dtype=jnp.float64):
     keys = iter(jax.random.split(jax.random.key(seed), 7))
     q_heads, k_heads, v_heads, gate_heads = heads
+    state_heads = max(heads if decay or write == "delta" else heads[:3])
     normal = functools.partial(jax.random.normal, dtype=dtype)
     k = normal(next(keys), (2, length, k_heads, dim))
     arrays = dict(
         q=normal(next(keys), (2, length, q_heads, dim)),
         k=k / jnp.linalg.norm(k, axis=-1, keepdims=True),
         v=normal(next(keys), (2, length, v_heads, v_dim)),
-        initial_state=normal(next(keys), (2, max(heads), dim, v_dim)),
+        initial_state=normal(next(keys), (2, state_heads, dim, v_dim)),
     )
     gate = (2, length, gate_heads)
     if decay:
