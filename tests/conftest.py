@@ -1,10 +1,14 @@
 import itertools
+import os
 
 import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are those of float32
-jax.config.update("jax_disable_most_optimizations", True)  # small arrays: compiling is the work
+
+# Arrays are small: compiling is the work. Programs that tests start must compute the same bits.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 
 COUNT = itertools.count(1)
