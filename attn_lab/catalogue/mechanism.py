@@ -32,7 +32,8 @@ class Mechanism:
       name: under which experiments, benchmarks and documents know it.
       function: the operator.
       title, year, arxiv: the paper that defined it; `arxiv` may be empty.
-      family: "attention", "recurrence", "convolution", "head", "mask", "position" or "score".
+      family: "attention", "recurrence", "convolution" (which one suite of tests drives), "head",
+        "linear", "mask", "position" or "score".
       arguments: array arguments by name: a kind (see `KINDS`) and the shape: for every axis a
         letter of `Sizes`, a number, or letters whose product it is.
       settings: other keyword arguments.
