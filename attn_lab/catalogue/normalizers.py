@@ -129,7 +129,6 @@ ROWS = (
         2024,
         "2412.07220",
         arguments=QKV,
-        settings={"gate": "centered"},
         golden=("compositional_attention--centered", "compositional_attention--scaled"),
         **ENGINE_1 | {"causal": (False,)},
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,7 +214,7 @@ class SigmoidAttention(MultiHeadAttention):
     """
 
     def __init__(self, width: int, *, context: int | None = None, **arguments: Any):
-        bias = None if context is None else -float(jnp.log(context))
+        bias = None if context is None else -math.log(context)
         attention = functools.partial(ops.sigmoid_attention, logit_bias=bias)
         super().__init__(width, attention=attention, **arguments)
 

@@ -206,3 +206,9 @@ def test_decoding_needs_causality():
 def test_mixers_have_the_names_of_the_catalogue():
     for name in MIXERS:
         assert find(name).name == name and find_mixer(name) is MIXERS[name]
+
+
+def test_every_mixer_can_be_made_without_computing():
+    for name, kind in MIXERS.items():
+        arguments = {} if kind.decodes else {"causal": False}
+        assert nnx.eval_shape(lambda name=name, arguments=arguments: make(name, arguments))
