@@ -5,6 +5,7 @@ from attn_lab.ops.biases import *
 from attn_lab.ops.convolution import *
 from attn_lab.ops.decays import *
 from attn_lab.ops.differential import *
+from attn_lab.ops.eviction import *
 from attn_lab.ops.grids import *
 from attn_lab.ops.heads import *
 from attn_lab.ops.latent import *
