@@ -67,11 +67,13 @@ def check(stem: str, wide: bool) -> None:
         got, pullback = jax.vjp(
             lambda moving: jax.tree.leaves(function(**moving, **fixed, **static)), moving
         )
+        if not grads:
+            return got, None
         given = [
             jnp.asarray(cts[n], out.dtype) if n in cts else _zero_cotangent(out)
             for n, out in enumerate(got)
         ]
-        return got, pullback(given)[0] if grads else None
+        return got, pullback(given)[0]
 
     got, slopes = (jax.jit(run) if grads else run)(moving)
     for n, out in enumerate(got):
