@@ -50,7 +50,7 @@ class BaseConv(Mixer):
         self.width, self.context, self.activation = width, context, activation
         self.project = build.linear(width, width, True)
         none = nnx.data(None)
-        short = kernel_size != -1
+        self.packs = short = kernel_size != -1
         self.conv = ShortConv(width, kernel_size, bias=True, build=build) if short else none
         self.filter_in = none if short else build.linear(3, filter_width, True)
         self.filter_out = none if short else build.linear(filter_width, width, True)

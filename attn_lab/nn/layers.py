@@ -86,9 +86,11 @@ class Mixer(nnx.Module):
 
     Attributes:
       decodes: whether it has a causal form, and so a cache.
+      packs: whether it keeps segments apart; if not, `segment_ids` raise ValueError.
     """
 
     decodes = True
+    packs = True
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Any:
         """What decoding `batch` sequences of at most `length` tokens keeps: a pytree of arrays."""

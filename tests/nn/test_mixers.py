@@ -38,6 +38,7 @@ CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("base_conv", {"kernel_size": -1}),
 ]
 DEFAULTS = {"gated_delta_rule": {"num_heads": 4}}
+WITHOUT_EFFECT = {("mlp_score_attention", "network", 2, "bias")}  # a constant in a softmax
 cases = pytest.mark.parametrize(
     ("name", "arguments"), CASES, ids=[f"{n}-{'-'.join(map(str, a.values()))}" for n, a in CASES]
 )
@@ -91,8 +92,8 @@ def test_late_tokens_have_exactly_no_influence_on_early_outputs(name, arguments)
 def test_segments_of_a_packed_row_are_apart(name, arguments):
     mixer, x = make(name, arguments), tokens()
     ids = jnp.array([[0] * 4 + [1] * 5, [0] * 4 + [2] * 5])
-    if arguments.get("kernel_size") == -1:
-        with pytest.raises(ValueError, match="segment_ids need kernel_size > 0"):
+    if not mixer.packs:
+        with pytest.raises(ValueError, match="segment_ids need"):
             mixer(x, segment_ids=ids)
         return
     packed = nnx.jit(lambda mixer, x: mixer(x, segment_ids=ids))(mixer, x)
@@ -109,18 +110,22 @@ def test_every_parameter_gets_a_finite_gradient(name, arguments):
     mixer, x = make(name, arguments), tokens()
     grads = nnx.jit(nnx.grad(lambda mixer: jnp.sum(jnp.sin(mixer(x)))))(mixer)
     for path, grad in nnx.to_flat_state(grads):
-        assert jnp.isfinite(grad[...]).all() and (grad[...] != 0).any(), path
+        assert jnp.isfinite(grad[...]).all(), path
+        assert (grad[...] != 0).any() or (name, *path) in WITHOUT_EFFECT, path
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
 def test_bfloat16_computes_and_float32_is_kept(name):
-    mixer = make(name, {}, dtype=jnp.bfloat16)
+    arguments = {} if MIXERS[name].decodes else {"causal": False}
+    mixer = make(name, arguments, dtype=jnp.bfloat16)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
     x = tokens().astype(jnp.bfloat16)
     y = mixer(x)
     assert y.dtype == jnp.bfloat16 and jnp.isfinite(y).all()
-    exact = make(name, {})(x.astype(jnp.float32))
+    exact = make(name, arguments)(x.astype(jnp.float32))
     assert jnp.abs(y - exact).max() < 0.1 * jnp.abs(exact).max()
+    if not mixer.decodes:
+        return
     step, _ = mixer(x[:, :1], cache=mixer.init_cache(2, 4, jnp.bfloat16))
     assert step.dtype == jnp.bfloat16
 
