@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attn_kernels.recurrence import definition
 from attn_kernels.recurrence.chunked import chunked
+from attn_kernels.recurrence.segments import apart
 from attn_kernels.varying import varying_like
 
 FORMS = ("auto", "chunk", "recurrent", "parallel")
@@ -24,6 +25,7 @@ def linear_attention(
     scale: float | jax.Array | None = None,
     initial_state: jax.Array | None = None,
     return_state: bool = False,
+    segment_ids: jax.Array | None = None,
     form: str = "auto",
     chunk_size: int = 64,
     sub_chunk_size: int = 16,
@@ -48,6 +50,10 @@ def linear_attention(
       scale: a number, by default `1 / sqrt(D)`.
       initial_state: `[B, H, D, Dv]`, by default 0.
       return_state: whether to return the last state as well.
+      segment_ids: integers `[B, T]`: where the id changes, the state is forgotten, so that the
+        documents of a packed row are apart. A negative id is padding, at either end or between:
+        its output is 0 and it leaves the state as it is. `initial_state` belongs to the first
+        segment, the returned state to the last.
       form: "recurrent" (a scan over T, whose derivative keeps T states), "parallel" (materialises
         `[T, T]`, with decay per channel `[T, T, D]`), "chunk" (matrix products and a scan over
         chunks, whose derivative keeps one state a chunk) or "auto" (recurrent for short T, else
@@ -72,6 +78,8 @@ def linear_attention(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     arrays, state = _checked(q, k, v, log_decay, beta, scale, initial_state)
+    if segment_ids is not None:
+        arrays = apart(segment_ids, *arrays)
     arrays = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), arrays)
     if form == "recurrent" or (form == "auto" and q.shape[1] < SHORT):
         out, state = definition.recurrent(*arrays, state)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from attn_kernels.recurrence.decay import between, decayed, matmul, since_start, until_end
 from attn_kernels.recurrence.triangular import unit_lower_inverse
 
+AT_ONCE = 8  # chunks prepared side by side: their squares per channel are the largest arrays
+
 _remat = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -52,7 +54,11 @@ def chunked(q, k, v, log_decay, beta, state, chunk_size, sub_chunk_size):
         out = matmul(q, state) + matmul(weights, v)
         return decayed(state, log_decay) + matmul(k.mT, v), out
 
-    chunks = prepare(*jax.tree.map(cut, (q, k, v, log_decay, beta)))
+    chunks = jax.lax.map(
+        lambda chunk: prepare(*chunk),
+        jax.tree.map(cut, (q, k, v, log_decay, beta)),
+        batch_size=AT_ONCE,
+    )
     state, out = jax.lax.scan(body, state, chunks)
     out = jnp.moveaxis(out, 0, 2)
     return out.reshape(*out.shape[:2], count * size, -1)[:, :, :length], state

@@ -38,7 +38,7 @@ def decayed(state: jax.Array, log_decay: jax.Array) -> jax.Array:
       state: `[..., D, Dv]`.
       log_decay: `[..., D]` or `[..., 1]`.
     """
-    tiny = log_decay > -0.5
+    tiny = log_decay.real > -0.5
     kept = jnp.where(tiny, 1, jnp.exp(log_decay))
     change = jnp.where(tiny, jnp.expm1(log_decay), 0)
     return kept[..., None] * state + change[..., None] * state

@@ -1,0 +1,131 @@
+"""A recurrence whose state is a vector a channel: moving averages and diagonal state spaces."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attn_kernels.recurrence.decay import decayed
+from attn_kernels.varying import varying_like
+
+FORMS = ("auto", "chunk", "associative", "recurrent")
+SHORT = 8  # below, steps cost less than a tree of them
+
+
+def diagonal_recurrence(
+    x: jax.Array,
+    log_decay: jax.Array,
+    *,
+    write: jax.Array | None = None,
+    read: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    return_state: bool = False,
+    form: str = "auto",
+    chunk_size: int = 64,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Every channel of x is written into N numbers that decay by themselves and are read together.
+
+        h_tn = exp(log_decay_tn) h_{t-1,n} + write_tn x_t,    y_t = Re sum_n read_tn h_tn
+
+    States and sums are in float32, float64 if an argument is, and complex if an argument is.
+
+    Args:
+      x: `[B, T, C]`.
+      log_decay: natural logs, whose real part is at most 0, constant in time `[C, N]` or
+        `[B, T, C, N]`. Complex ones turn the state by their imaginary part. -inf forgets exactly.
+      write, read: `[C, N]` or `[B, T, C, N]`; None is 1.
+      initial_state: `[B, C, N]`, by default 0.
+      return_state: whether to return the last state as well.
+      form: "recurrent" (a scan over T, whose derivative keeps T states), "associative" (a tree over
+        T of depth log T, which holds `[B, T, C, N]`), "chunk" (such trees within chunks, one after
+        another: it holds one state a chunk, in its derivative too) or "auto" (recurrent for short
+        T, else chunk). All are differentiable any number of times, in both modes.
+      chunk_size: steps a chunk.
+
+    Returns:
+      `[B, T, C]` in the dtype of x; with `return_state` also the state `[B, C, N]` in the dtype of
+      the sums.
+
+    Raises:
+      ValueError: if shapes do not fit, or a form or size is unknown.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    arrays, state = _checked(x, log_decay, write, read, initial_state)
+    fixed = {name: a for name, a in arrays.items() if jnp.ndim(a) < 3}
+    steps = {name: a for name, a in arrays.items() if name not in fixed}
+    length = x.shape[1]
+    if form == "recurrent" or (form == "auto" and length < SHORT):
+        steps = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), steps)
+        state, y = jax.lax.scan(functools.partial(_step, fixed), state, steps)
+        y = jnp.moveaxis(y, 0, 1)
+    else:
+        size = length if form == "associative" else min(chunk_size, length)
+        whole = length - length % size
+
+        def cut(a):
+            a = a[:, :whole].reshape(a.shape[0], -1, size, *a.shape[2:])
+            return jnp.moveaxis(a, 1, 0)
+
+        tree = functools.partial(_tree, fixed)
+        body = tree if size == length else jax.checkpoint(tree, prevent_cse=False)
+        state, y = jax.lax.scan(body, state, jax.tree.map(cut, steps))
+        y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole, -1)
+        if whole < length:
+            state, rest = tree(state, jax.tree.map(lambda a: a[:, whole:], steps))
+            y = jnp.concatenate([y, rest], 1)
+    y = y.astype(x.dtype)
+    return (y, state) if return_state else y
+
+
+def _step(fixed, state, step):
+    """One step; the arrays are `[B, C, N]` or `[C, N]`."""
+    now = fixed | step
+    state = decayed(state[..., None], now["log_decay"])[..., 0]
+    state = state + now["write"] * now["x"][..., None]
+    return state, (now["read"] * state).sum(-1).real
+
+
+def _tree(fixed, state, steps):
+    """Some steps at once, as a tree of pairs; the arrays are `[B, S, C, N]` or `[C, N]`.
+
+    Pairs carry the sum of the log decays, not its exponential, which would round at every branch.
+    """
+    now = fixed | steps
+    written = now["write"] * now["x"][..., None].astype(state.dtype)
+    log_decay = jnp.broadcast_to(now["log_decay"], written.shape)
+
+    def join(first, second):
+        (g, h), (g_next, h_next) = first, second
+        return g + g_next, h * jnp.exp(g_next) + h_next
+
+    log_decay, states = jax.lax.associative_scan(join, (log_decay, written), axis=1)
+    states = states + jnp.exp(log_decay) * state[:, None]
+    return states[:, -1], (now["read"] * states).sum(-1).real
+
+
+def _checked(x, log_decay, write, read, initial_state):
+    """The arrays in the dtype of the sums, and the state."""
+    if x.ndim != 3 or not x.shape[1] or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating [B, T, C], got {x.dtype}{list(x.shape)}")
+    batch, length, channels = x.shape
+    size = log_decay.shape[-1] if log_decay.ndim else 0
+    given = dict(log_decay=log_decay, write=write, read=read, initial_state=initial_state)
+    given = {name: a for name, a in given.items() if a is not None}
+    for name, a in given.items():
+        layouts = (channels, size), (batch, length, channels, size)
+        layouts = ((batch, channels, size),) if name == "initial_state" else layouts
+        if a.shape not in layouts or not jnp.issubdtype(a.dtype, jnp.inexact):
+            wanted = " or ".join(str(list(shape)) for shape in layouts)
+            raise ValueError(
+                f"{name} must be floating or complex {wanted}, got {a.dtype}{list(a.shape)}"
+            )
+    wide = jnp.result_type(jnp.float32, x.dtype, *(a.dtype for a in given.values()))
+    shape = batch, channels, size
+    state = jnp.zeros(shape, wide) if initial_state is None else initial_state.astype(wide)
+    arrays = {"write": jnp.ones((), wide), "read": jnp.ones((), wide)}
+    arrays |= {name: a.astype(wide) for name, a in given.items() if name != "initial_state"}
+    arrays["x"] = x.astype(jnp.finfo(wide).dtype)
+    return arrays, varying_like(state, arrays)
