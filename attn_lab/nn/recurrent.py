@@ -104,8 +104,6 @@ class MatrixStateMixer(Mixer):
         positions = past + jnp.arange(x.shape[1])
         q, k, v = self.heads(q, k, v, positions)
         log_decay, beta = self.gates(x, positions)
-        if segment_ids is not None:
-            log_decay = _forget_at_starts(log_decay, segment_ids, self.num_heads)
         y, state = recurrence.linear_attention(
             q,
             k,
@@ -115,6 +113,7 @@ class MatrixStateMixer(Mixer):
             scale=self.scale,
             initial_state=None if cache is None else cache["state"],
             return_state=True,
+            segment_ids=segment_ids,
         )
         y = self.finish(y)
         y = y if self.head_norm is None else self.head_norm(y)
@@ -131,14 +130,6 @@ class MatrixStateMixer(Mixer):
     def finish(self, y):
         """A change of the heads' outputs `[B, T, H, Dv]` before the norm."""
         return y
-
-
-def _forget_at_starts(log_decay, segment_ids, heads):
-    """The log decay with -inf where a segment starts, so that it never sees the one before."""
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    if log_decay is None:
-        log_decay = jnp.zeros((*segment_ids.shape, heads))
-    return jnp.where(starts[(...,) + (None,) * (log_decay.ndim - 2)], -jnp.inf, log_decay)
 
 
 class LinearAttention(MatrixStateMixer):
