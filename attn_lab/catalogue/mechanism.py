@@ -110,6 +110,7 @@ KINDS: Mapping[str, Callable[[jax.Array, list[int]], jax.Array]] = {
     "unit": _unit,
     "log_decay": lambda key, shape: jax.nn.log_sigmoid(2 + jax.random.normal(key, shape)),
     "beta": lambda key, shape: jax.nn.sigmoid(jax.random.normal(key, shape)),
+    "negative": lambda key, shape: -jnp.exp(jax.random.normal(key, shape)),
     "above_one": lambda key, shape: jax.random.uniform(key, shape, minval=1.2, maxval=2.0),
     "place": lambda key, shape: jax.random.uniform(key, shape, maxval=8.0),
     "small": lambda key, shape: jax.random.normal(key, shape) / math.sqrt(shape[0]),
