@@ -250,3 +250,31 @@ def test_errors(change, match):
     arrays = inputs(0, None, "add", dtype=jnp.float32)
     with pytest.raises(ValueError, match=match):
         linear_attention(**{**arrays, **change})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("decay, write", KINDS[2:])
+def test_budget_of_16384_steps_with_any_mixture_of_decays(decay, write, dtype):
+    """Keys are not normalised, but as long as the delta rule bears."""
+    arrays = inputs(8, decay, write, 16384, (2,) * 4, 8, 8, jnp.float32)
+    rng = np.random.default_rng(0)
+    gates = rng.choice(
+        [0, -1e-4, -1, -50, -1e4], arrays["log_decay"].shape, p=(0.3, 0.67, *3 * (0.01,))
+    )
+    arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
+    shape = arrays["k"].shape[:-1] + (1,)
+    lengths = rng.uniform(0, 1.4, shape) if write == "delta" else rng.lognormal(0, 1, shape)
+    arrays["k"] = arrays["k"] * lengths.astype(np.float32)
+    low = {name: x if name == "log_decay" else x.astype(dtype) for name, x in arrays.items()}
+    with jax.enable_x64(True):
+        high = {name: x.astype(jnp.float64) for name, x in low.items()}
+        exact = jax.tree.map(np.asarray, (call(high, form="chunk"), gradient(high, form="chunk")))
+    rounding = {jnp.float32: 2e-6, jnp.bfloat16: 2**-8}[dtype]
+    for index, run in enumerate((call, gradient)):
+        got, base = run(low, form="chunk"), run(low, form="recurrent")
+        for a, b, c in zip(*map(jax.tree.leaves, (got, base, exact[index])), strict=True):
+            a, b = (np.asarray(x, np.float64) for x in (a, b))
+            assert np.isfinite(a).all()
+            bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
+            assert np.abs(a - c).max() <= bound
