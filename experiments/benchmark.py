@@ -6,7 +6,9 @@ is measured in the same run: a large matrix product and a large copy. The workdi
 continues a run that was interrupted. Presets are in `experiments/configs/benchmark.py`.
 
 FLOPs are those of the pairs that the mask allows, bytes those of inputs and outputs alone, and the
-fraction of the limit is the least time that the device needs for either, over the time it took.
+fraction of the limit is the least time that the device needs for either, over the time it took. How
+times grow with length, and from which length on a mechanism is faster than `config.baseline`, is
+printed last.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from attn_lab.catalogue import Mechanism, Sizes, find
 from attn_lab.ops import as_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
+from experiments.growth import SERIES, growth
 
 PASSES = "forward", "forward_backward"
 CUDNN = "cudnn"
@@ -272,7 +275,13 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     for case, measured in todo:
         if any(case.items() <= row.items() for row in rows):
             continue
-        rows.append(with_rates(case | measured(), limit))
+        same = [row for row in rows if all(row[name] == case[name] for name in SERIES)]
+        slowest = max((row.get("milliseconds", 0) for row in same), default=0)
+        if slowest > 1e3 * config.patience:
+            reason = f"{slowest / 1e3:.1f} s at a smaller length, above patience={config.patience}"
+            rows.append(case | {"error": "too slow", "reason": reason})
+        else:
+            rows.append(with_rates(case | measured(), limit))
         keep(rows[-1])
         print(line_of(rows[-1]), flush=True)
     result = {
@@ -287,7 +296,10 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "limits": limit,
         "config": as_dict(config),
         "rows": rows,
+        "growth": growth(rows, config.baseline),
     }
+    for entry in result["growth"]:
+        print(growth_line(entry))
     (workdir / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, workdir / "benchmark.png")
     return result
@@ -302,6 +314,19 @@ def line_of(row: Mapping[str, Any]) -> str:
         else:
             cells.append(f"{row[key] / unit if '.' in form else row[key]:{form}}")
     return "  ".join([*cells, row.get("error", "")]).rstrip()
+
+
+def growth_line(entry: Mapping[str, Any]) -> str:
+    """A sentence on how one series grows."""
+    said = " ".join(entry[name] for name in SERIES) + ":"
+    if "exponent" in entry:
+        said += " {milliseconds_per_1024:.3g} ms per 1,024 positions".format(**entry)
+        said += " (R^2 {r_squared:.4f}), exponent {exponent:.2f} at the end".format(**entry)
+    if "crossover" in entry:
+        length = entry["crossover"]
+        said += "; never" if length is None else f"; from length {length:,.0f} on"
+        said += " faster than the baseline"
+    return said
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -327,7 +352,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             label = " ".join(name).replace("_", " ")
             lost = [row["length"] for row in own if "error" in row]
             if lost:
-                label += f" (out of memory at {min(lost):,})"
+                reason = next(row["error"] for row in own if "error" in row)
+                label += f" ({reason} at {min(lost):,})"
             points = [(row["length"], row[key]) for row in own if key in row and "error" not in row]
             style = dict(color=f"C{n % 10}", marker="osD^vPX*"[n % 8], ls=("-", "--")[n % 2])
             ax.plot(*(zip(*points) if points else ([], [])), label=label, alpha=0.8, **style)

@@ -4,6 +4,8 @@
 
 - quick (default): four mechanisms at lengths 512 to 2048, definition against streaming. 1.5 minutes
   on 2 CPU cores with other work.
+- recurrence: linear attention in chunks and streaming softmax at lengths 256 to 65,536: how times
+  grow and where they cross. 10 minutes on 2 CPU cores.
 - h100: softmax and a window at lengths 2048 to 32,768 in bfloat16, with cuDNN beside them. 3
   minutes on one H100; the definition does not fit into memory at the greatest length.
 
@@ -29,8 +31,12 @@ def get_config(preset: str = "quick") -> ConfigDict:
                     "dot_product_attention,sliding_window_attention,sigmoid_attention,"
                     "entmax_attention"
                 ),
-                "recurrence": "linear_attention,gated_linear_attention,delta_rule",
+                "recurrence": (
+                    "dot_product_attention,linear_attention,retention,gated_linear_attention,"
+                    "delta_rule,gated_delta_rule"
+                ),
             },
+            "baseline": "dot_product_attention",
             "mechanisms": "",
             "implementations": "",
             "lengths": (512, 1024, 2048),
@@ -42,9 +48,19 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "causal": True,
             "passes": ("forward", "forward_backward"),
             "repeats": 3,
+            "patience": 60.0,
         }
     )
-    if preset == "h100":
+    if preset == "recurrence":
+        config.update(
+            family="recurrence",
+            implementations="xla,chunk",
+            lengths=tuple(2**n for n in range(8, 17)),
+            heads=1,
+            kv_heads=1,
+            patience=5.0,
+        )
+    elif preset == "h100":
         config.update(
             families={"attention": "dot_product_attention,sliding_window_attention"},
             lengths=(2048, 8192, 32768),
@@ -55,5 +71,5 @@ def get_config(preset: str = "quick") -> ConfigDict:
             repeats=5,
         )
     elif preset != "quick":
-        raise ValueError(f"preset must be quick or h100, got {preset!r}")
+        raise ValueError(f"preset must be quick, recurrence or h100, got {preset!r}")
     return config

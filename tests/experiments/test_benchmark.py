@@ -45,6 +45,8 @@ def test_every_case_is_timed_written_and_not_repeated(tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "benchmark.json").read_text()) == json.loads(json.dumps(result))
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     head, *lines = capsys.readouterr().out.splitlines()
+    lines, told = lines[: len(rows)], lines[len(rows) :]
+    assert len(told) == len(result["growth"]) == 4
     assert len(lines) == len(rows) and len({len(line) for line in [head, *lines]}) == 1
 
     path = tmp_path / "cases.jsonl"
@@ -85,6 +87,14 @@ def test_what_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     assert "fraction_of_limit" in third and "fraction_of_limit" not in first
 
 
+def test_lengths_beyond_patience_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "timings", lambda call, repeats: [2.0])
+    config = tiny(lengths=(16, 32), passes=("forward",), implementations="xla", patience=1.0)
+    first, second = benchmark(config, tmp_path)["rows"]
+    assert first["milliseconds"] == 2000 and second["error"] == "too slow"
+    assert second["reason"] == "2.0 s at a smaller length, above patience=1.0"
+
+
 def test_another_failure_is_not_called_out_of_memory(tmp_path, monkeypatch):
     def broken(call, repeats):
         raise jax.errors.JaxRuntimeError("INTERNAL: a kernel failed")
@@ -118,7 +128,7 @@ def test_families_name_their_implementations(preset):
     config = get_config(preset)
     config.family = "recurrence"
     found = {case["implementation"] for case, _ in module.cases(config)}
-    assert found == {"recurrent", "parallel", "chunk"}
+    assert found - {"cudnn"} == {"definition", "xla", "recurrent", "parallel", "chunk"}
 
 
 @pytest.mark.parametrize(
@@ -139,5 +149,5 @@ def test_errors_come_before_anything_is_written(changes, message, tmp_path):
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(ValueError, match="preset must be quick or h100, got 'h200'"):
+    with pytest.raises(ValueError, match="preset must be quick, recurrence or h100, got 'h200'"):
         get_config("h200")

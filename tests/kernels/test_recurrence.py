@@ -263,7 +263,7 @@ def test_budget_of_16384_steps_with_any_mixture_of_decays(decay, write, dtype):
         [0, -1e-4, -1, -50, -1e4], arrays["log_decay"].shape, p=(0.3, 0.67, *3 * (0.01,))
     )
     arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
-    shape = arrays["k"].shape[:-1] + (1,)
+    shape = (*arrays["k"].shape[:-1], 1)
     lengths = rng.uniform(0, 1.4, shape) if write == "delta" else rng.lognormal(0, 1, shape)
     arrays["k"] = arrays["k"] * lengths.astype(np.float32)
     low = {name: x if name == "log_decay" else x.astype(dtype) for name, x in arrays.items()}
