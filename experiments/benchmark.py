@@ -34,6 +34,7 @@ from attn_lab.catalogue import Mechanism, Sizes, find
 from attn_lab.ops import as_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
+from experiments import peers
 from experiments.growth import SERIES, growth
 
 PASSES = "forward", "forward_backward"
@@ -50,6 +51,7 @@ COLUMNS = (
     ("temporary_megabytes", "temp, MB", ">10.1f", 1),
     ("teraflops_per_second", "TFLOP/s", ">9.3g", 1),
     ("gigabytes_per_second", "GB/s", ">9.3g", 1),
+    ("least_milliseconds", "limit, ms", ">10.3g", 1),
     ("fraction_of_limit", "of limit", ">9.3g", 1),
 )
 
@@ -68,10 +70,11 @@ def sizes_of(config: ConfigDict, row: Mechanism, length: int) -> Sizes:
     return row.fit(sizes)
 
 
-def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Callable[..., jax.Array]]:
-    """The row's implementations by name, of arrays and a keyword `causal`.
+def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Any]:
+    """The row's implementations by name: functions of arrays and `causal`, or the name of a peer.
 
-    Plain softmax attention also has "cudnn" on a GPU, in half precision.
+    Plain softmax attention also has "cudnn" on a GPU, in half precision, and recurrences have the
+    library of `peers` where it is installed.
     """
     found = {}
     for variant in row.variants:
@@ -89,6 +92,8 @@ def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Callable[..
             return jax.nn.dot_product_attention(*(arrays[n] for n in "qkv"), **part)
 
         found[CUDNN] = fixed
+    if peers.has_peer(row):
+        found[peers.NAME] = peers.NAME
     return found
 
 
@@ -108,10 +113,13 @@ def cases(config: ConfigDict) -> Iterator[tuple[dict[str, Any], Callable[[], dic
     known = sorted({name for calls in own.values() for name in calls})
     for name in wanted:
         if name not in known:
-            needs = f"; {CUDNN} needs a GPU, 16 bits and dot_product_attention"
+            needs = {
+                CUDNN: "; it needs a GPU, 16 bits and dot_product_attention",
+                peers.NAME: "; it needs a GPU, PyTorch, fla-core and a recurrence that it has",
+            }
             raise ValueError(
                 f"implementation {name!r} is not there; choose of {', '.join(known)}"
-                + needs * (name == CUDNN)
+                + needs.get(name, "")
             )
     for name in config.passes:
         if name not in PASSES:
@@ -147,7 +155,7 @@ def flops_of(row: Mechanism, sizes: Sizes, causal: bool) -> float:
 
 
 def measure(
-    config: ConfigDict, row: Mechanism, call: Callable[..., jax.Array], kind: str, length: int
+    config: ConfigDict, row: Mechanism, call: Any, kind: str, length: int
 ) -> dict[str, Any]:
     """Time, memory and rates of a case; `error` and `reason` where it does not fit into memory."""
     sizes = sizes_of(config, row, length)
@@ -165,14 +173,18 @@ def measure(
     memory = {}
     try:
         arrays = row.example(sizes, jax.random.key(0), dtype)
-        compiled = jax.jit(both if backward else forward).lower(arrays).compile()
-        temporary = compiled.memory_analysis().temp_size_in_bytes
-        memory["temporary_megabytes"] = temporary / 1e6
-        free = free_bytes()
-        if temporary > free:
-            reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
-            return {"error": "out of memory", "reason": reason, **memory}
-        seconds = timings(lambda: compiled(arrays), config.repeats)
+        if call == peers.NAME:
+            timed, memory = peers.prepare(row, arrays, backward)
+            seconds = timings(timed, config.repeats)
+        else:
+            compiled = jax.jit(both if backward else forward).lower(arrays).compile()
+            temporary = compiled.memory_analysis().temp_size_in_bytes
+            memory["temporary_megabytes"] = temporary / 1e6
+            free = free_bytes()
+            if temporary > free:
+                reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
+                return {"error": "out of memory", "reason": reason, **memory}
+            seconds = timings(lambda: compiled(arrays), config.repeats)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
@@ -197,6 +209,7 @@ def with_rates(row: dict[str, Any], limit: Mapping[str, float]) -> dict[str, Any
     return row | {
         "teraflops_per_second": row["flops"] / seconds / 1e12,
         "gigabytes_per_second": row["bytes"] / seconds / 1e9,
+        "least_milliseconds": 1e3 * needed,
         "fraction_of_limit": needed / seconds,
     }
 

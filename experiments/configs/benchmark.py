@@ -8,6 +8,8 @@
   grow and where they cross. 10 minutes on 2 CPU cores.
 - h100: softmax and a window at lengths 2048 to 32,768 in bfloat16, with cuDNN beside them. 3
   minutes on one H100; the definition does not fit into memory at the greatest length.
+- recurrence_h100: five recurrences in chunks at length 8192 in bfloat16, batch 8, 16 heads of 128,
+  against flash-linear-attention, which must be installed (`fla-core`, PyTorch).
 
 `--family=recurrence` takes the recurrences of the preset, by their forms. `--config.mechanisms=a,b`
 takes rows of the catalogue instead, whatever the family, and `--config.implementations=xla` some
@@ -60,6 +62,18 @@ def get_config(preset: str = "quick") -> ConfigDict:
             kv_heads=1,
             patience=5.0,
         )
+    elif preset == "recurrence_h100":
+        config.update(
+            mechanisms="linear_attention,retention,gated_linear_attention,delta_rule,gated_delta_rule",
+            implementations="chunk,fla",
+            lengths=(8192,),
+            batch=8,
+            heads=16,
+            kv_heads=16,
+            head_dim=128,
+            dtype="bfloat16",
+            repeats=5,
+        )
     elif preset == "h100":
         config.update(
             families={"attention": "dot_product_attention,sliding_window_attention"},
@@ -71,5 +85,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             repeats=5,
         )
     elif preset != "quick":
-        raise ValueError(f"preset must be quick, recurrence or h100, got {preset!r}")
+        raise ValueError(
+            f"preset must be quick, recurrence, recurrence_h100 or h100, got {preset!r}"
+        )
     return config

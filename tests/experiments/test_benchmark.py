@@ -104,6 +104,20 @@ def test_another_failure_is_not_called_out_of_memory(tmp_path, monkeypatch):
         benchmark(tiny(), tmp_path)
 
 
+def test_a_peer_is_timed_beside_ours(tmp_path, monkeypatch):
+    def prepare(row, arrays, backward):
+        assert row.name == "delta_rule" and arrays["q"].shape == (1, 16, 2, 8)
+        return lambda: arrays["v"], {"temporary_megabytes": 3.0, "difference": 0.25}
+
+    monkeypatch.setattr(module.peers, "has_peer", lambda row: True)
+    monkeypatch.setattr(module.peers, "prepare", prepare)
+    config = tiny(mechanisms="delta_rule", lengths=(16,), implementations="chunk,fla")
+    rows = benchmark(config, tmp_path)["rows"]
+    assert [row["implementation"] for row in rows] == ["chunk", "chunk", "fla", "fla"]
+    assert rows[2]["difference"] == 0.25 and rows[2]["least_milliseconds"] > 0
+    assert rows[2]["flops"] == rows[0]["flops"]
+
+
 def test_flops_are_those_of_allowed_pairs():
     sizes = Sizes(B=2, T=64, S=64, H=4, K=4, D=8, V=8)
     a_pair = 2 * 2 * 4 * (8 + 8)
@@ -136,7 +150,8 @@ def test_families_name_their_implementations(preset):
     [
         ({"mechanisms": "atention"}, "'atention' is unknown; choose one of dot_product"),
         ({"implementations": "cuda"}, "'cuda' is not there; choose of definition, xla"),
-        ({"implementations": "cudnn", "dtype": "float32"}, "cudnn needs a GPU, 16 bits"),
+        ({"implementations": "cudnn", "dtype": "float32"}, "; it needs a GPU, 16 bits"),
+        ({"implementations": "fla"}, "it needs a GPU, PyTorch, fla-core"),
         ({"passes": ("backward",)}, "passes must be of forward, forward_backward"),
         ({"lengths": ()}, "lengths must have at least one entry"),
         ({"mechanisms": "", "family": "masks"}, "family must be one of attention, recurrence"),
@@ -149,5 +164,7 @@ def test_errors_come_before_anything_is_written(changes, message, tmp_path):
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(ValueError, match="preset must be quick, recurrence or h100, got 'h200'"):
+    with pytest.raises(
+        ValueError, match="preset must be quick, recurrence, recurrence_h100 or h100, got 'h200'"
+    ):
         get_config("h200")
