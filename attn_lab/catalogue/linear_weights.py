@@ -142,6 +142,15 @@ ROWS = (
         **_BIDIRECTIONAL | {"cross": True},
     ),
     Mechanism(
+        "generalized_linear_attention",
+        ops.linear_attention,
+        "LinFusion: 1 GPU, 1 Minute, 16K Image",
+        2024,
+        "2409.02097",
+        "linear",
+        golden=("linfusion_attention",),
+    ),
+    Mechanism(
         "rotary_linear_attention",
         ops.rotary_linear_attention,
         "RoFormer: Enhanced Transformer with Rotary Position Embedding",

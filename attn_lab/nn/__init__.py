@@ -15,6 +15,8 @@ from attn_lab.nn.conversion import decouple_heads, group_heads
 from attn_lab.nn.convolution import BaseConv
 from attn_lab.nn.cross import LuongAttention, PredictedCenter, SkimAttention, SkimLayer
 from attn_lab.nn.documents import ChunkedEncoder, KernelPooling
+from attn_lab.nn.flow import FlowAttention
+from attn_lab.nn.gated_linear import ReGLA
 from attn_lab.nn.heads import (
     DecoupledHeadAttention,
     DifferentialQKVAttention,
@@ -29,6 +31,16 @@ from attn_lab.nn.lean import (
     LeanAttention,
     LowRankAttentionPooling,
     SimilaritySelfAttention,
+)
+from attn_lab.nn.linear_vision import (
+    BidirectionalMixer,
+    DualGatedLinearAttention,
+    EfficientAttention,
+    EfficientAttention2d,
+    GeneralizedLinearAttention,
+    LINAAttention,
+    MALABlock2d,
+    NormAwareAttention2d,
 )
 from attn_lab.nn.normalizers import (
     ClippedSoftmaxAttention,
@@ -69,6 +81,8 @@ from attn_lab.nn.scores import (
     RelativeBiasAttention,
     SelectiveAttention,
 )
+from attn_lab.nn.state_space import Mamba2
+from attn_lab.nn.transnormer import DiagAttention, NormAttention, SimpleGLU, TransNormerMixer
 
 MIXERS: dict[str, type[Mixer]] = {
     "dot_product_attention": MultiHeadAttention,
@@ -114,6 +128,15 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_linear_attention": GatedLinearAttention,
     "delta_rule": DeltaNet,
     "gated_delta_rule": GatedDeltaNet,
+    "refined_gated_linear_attention": ReGLA,
+    "ssd": Mamba2,
+    "lightning_attention": TransNormerMixer,
+    "norm_linear_attention": NormAttention,
+    "block_diagonal_attention": DiagAttention,
+    "flow_attention": FlowAttention,
+    "efficient_attention": EfficientAttention,
+    "generalized_linear_attention": GeneralizedLinearAttention,
+    "kv_gated_linear_attention": LINAAttention,
     "base_conv": BaseConv,
 }
 
@@ -155,6 +178,7 @@ def make_mixer(
 __all__ = [
     "MIXERS",
     "BaseConv",
+    "BidirectionalMixer",
     "Build",
     "ChunkedEncoder",
     "ClippedSoftmaxAttention",
@@ -164,18 +188,25 @@ __all__ = [
     "CosineAttention",
     "DecoupledHeadAttention",
     "DeltaNet",
+    "DiagAttention",
     "DifferentialAttention",
     "DifferentialIntegralAttention",
     "DifferentialQKVAttention",
     "DualAttention",
+    "DualGatedLinearAttention",
+    "EfficientAttention",
+    "EfficientAttention2d",
     "EntmaxAttention",
+    "FlowAttention",
     "GatedAttention",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedPositionalAttention",
+    "GeneralizedLinearAttention",
     "HardAttention",
     "HeadEmbeddingAttention",
     "KernelPooling",
+    "LINAAttention",
     "LeanAttention",
     "LengthScaledAttention",
     "LinearAttention",
@@ -183,7 +214,9 @@ __all__ = [
     "LongShortAttention",
     "LowRankAttentionPooling",
     "LuongAttention",
+    "MALABlock2d",
     "MLPScoreAttention",
+    "Mamba2",
     "MatrixStateMixer",
     "Mixer",
     "MixtureOfAttentiveExperts",
@@ -192,9 +225,12 @@ __all__ = [
     "MultiHeadLatentAttention",
     "MultiScaleRetention",
     "MultiTokenAttention",
+    "NormAttention",
+    "NormAwareAttention2d",
     "NormalizedAttention",
     "PredictedCenter",
     "QuantizableGate",
+    "ReGLA",
     "RectifiedLinearAttention",
     "RelationalAttention",
     "RelativeBiasAttention",
@@ -205,12 +241,14 @@ __all__ = [
     "SigmoidAttention",
     "SimilarityAttention",
     "SimilaritySelfAttention",
+    "SimpleGLU",
     "SinkAttention",
     "SinkhornAttention",
     "SkimAttention",
     "SkimLayer",
     "TaylorAttention",
     "TopKAttention",
+    "TransNormerMixer",
     "decouple_heads",
     "dropout",
     "find_mixer",

@@ -163,17 +163,22 @@ class MultiHeadAttention(Mixer):
             )
             q, k = rotate(q), rotate(k)
         if cache is not None:
-            kept = {"key": append(cache["key"], k, past)}
-            if not self.tied:
-                kept["value"] = append(cache["value"], v, past)
-            k, v = kept["key"], kept.get("value", kept["key"])
-            mask = cache_mask(past, count, k.shape[1], self._reach()[0])
+            k, v, mask, kept = self._continue(cache, k, v)
             return q, k, v, mask, {"index": past + count, **kept, **state}
         mask = ops.sliding_window_mask(*self._reach()) if self.causal or self.window else None
         if segment_ids is not None:
             segments = ops.segment_mask(segment_ids)
             mask = segments if mask is None else mask & segments
         return q, k, v, mask, None
+
+    def _continue(self, cache, k, v):
+        """All keys and values that these tokens see, which of them, and what is kept for later."""
+        past, count = cache["index"], k.shape[1]
+        kept = {"key": append(cache["key"], k, past)}
+        if not self.tied:
+            kept["value"] = append(cache["value"], v, past)
+        k, v = kept["key"], kept.get("value", kept["key"])
+        return k, v, cache_mask(past, count, k.shape[1], self._reach()[0]), kept
 
     def _heads(self, x, segment_ids, cache):
         """Queries, keys and values before positions, and what else the cache keeps."""

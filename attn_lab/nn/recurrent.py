@@ -14,6 +14,7 @@ from attn_lab import ops
 from attn_lab.nn.layers import Build, Mixer, ShortConv, divide, l2_norm, split_heads
 
 ACTIVATIONS = {"silu": jax.nn.silu, "identity": lambda x: x}
+GATES = {"swish": jax.nn.silu, "linear": lambda x: x}
 
 
 class MatrixStateMixer(Mixer):
@@ -29,7 +30,7 @@ class MatrixStateMixer(Mixer):
       short_conv: taps of a causal depthwise convolution on q, k and v; None has none.
       activation: of q, k and v, "silu" or "identity".
       qk_norm: "l2" gives q and k unit norm per head; None leaves them.
-      output_gate: "swish" or None.
+      output_gate: "swish", "linear" (without an activation) or None.
       norm_eps: of the RMS norm of a head's output; None has no norm.
       build: keywords of `Build`.
     """
@@ -58,9 +59,12 @@ class MatrixStateMixer(Mixer):
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
-        for name, given, known in ("qk_norm", qk_norm, "l2"), ("output_gate", output_gate, "swish"):
-            if given not in (None, known):
-                raise ValueError(f"{name} must be None or {known!r}, got {given!r}")
+        for name, given, known in (
+            ("qk_norm", qk_norm, ("l2",)),
+            ("output_gate", output_gate, tuple(GATES)),
+        ):
+            if given not in (None, *known):
+                raise ValueError(f"{name} must be None or of {', '.join(known)}, got {given!r}")
         self.splits = key_width, 2 * key_width
         self.activation, self.qk_norm = activation, qk_norm
         self.qkv = build.linear(width, 2 * key_width + value_width)
@@ -69,6 +73,7 @@ class MatrixStateMixer(Mixer):
         self.conv = ShortConv(channels, short_conv, build=build) if short_conv else none
         self.head_norm = build.rms_norm(self.value_dim, norm_eps) if norm_eps else none
         self.output_gate = build.linear(width, value_width) if output_gate else none
+        self.gate_activation = output_gate
         self.out = build.output(value_width, width)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32):
@@ -119,7 +124,7 @@ class MatrixStateMixer(Mixer):
         y = y if self.head_norm is None else self.head_norm(y)
         y = y.reshape(*x.shape[:2], -1)
         if self.output_gate is not None:
-            y = y * jax.nn.silu(self.output_gate(x))
+            y = y * GATES[self.gate_activation](self.output_gate(x))
         y = self.out(y.astype(x.dtype))
         if cache is None:
             return y
@@ -400,7 +405,7 @@ class GatedDeltaNet(DeltaNet):
         build = Build(**build)
         self.decay = build.linear(width, num_heads)
         self.log_a = build.param((num_heads,), _log_uniform_a)
-        self.dt_bias = build.param((num_heads,), _inverse_softplus_dt)
+        self.dt_bias = build.param((num_heads,), inverse_softplus_dt)
 
     def gates(self, x, positions):
         step = jax.nn.softplus(self.decay(x).astype(jnp.float32) + self.dt_bias[...])
@@ -411,7 +416,8 @@ def _log_uniform_a(key, shape, dtype):
     return jnp.log(jax.random.uniform(key, shape, dtype, 1e-4, 16.0))
 
 
-def _inverse_softplus_dt(key, shape, dtype):
+def inverse_softplus_dt(key, shape, dtype):
+    """What softplus takes to steps log-uniform in [1e-3, 0.1]."""
     low, high = math.log(1e-3), math.log(1e-1)
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))

@@ -12,6 +12,7 @@ from attn_lab.ops.positions import alibi_slopes
 __all__ = [
     "lightning_attention",
     "lightning_slopes",
+    "log_refined_gate",
     "refined_gate",
     "refined_gated_linear_attention",
     "safe_exp_feature_map",
@@ -36,6 +37,27 @@ def refined_gate(g: jax.Array, r: jax.Array) -> jax.Array:
     wide = jnp.result_type(jnp.float32, g, r)
     kept, refine = g.astype(wide), r.astype(wide)
     return (kept * ((1 - refine) * kept + refine * (2 - kept))).astype(g.dtype)
+
+
+def log_refined_gate(gate_logits: jax.Array, refine_logits: jax.Array) -> jax.Array:
+    """The log of `refined_gate` of two sigmoids, to relative accuracy at gates near 0 and near 1.
+
+    Args:
+      gate_logits, refine_logits: of g and r, in shapes that fit.
+
+    Returns:
+      At most 0, in float32 or better.
+    """
+    wide = jnp.result_type(jnp.float32, gate_logits, refine_logits)
+    gate, refine = gate_logits.astype(wide), refine_logits.astype(wide)
+    log_gate = jax.nn.log_sigmoid(gate)
+    # f / g is (1 - r) g + r (2 - g), which is also 1 + (2 r - 1) (1 - g)
+    near_0 = jnp.logaddexp(
+        jax.nn.log_sigmoid(-refine) + log_gate,
+        jax.nn.log_sigmoid(refine) + jnp.log1p(jax.nn.sigmoid(-gate)),
+    )
+    near_1 = jnp.log1p(jnp.tanh(refine / 2) * jax.nn.sigmoid(-jnp.maximum(gate, 0)))
+    return log_gate + jnp.where(gate > 0, near_1, near_0)
 
 
 def safe_exp_feature_map(x: jax.Array, *, axes: int | tuple[int, ...]) -> jax.Array:
@@ -92,25 +114,11 @@ def refined_gated_linear_attention(
         safe_exp_feature_map(q, axes=-1),
         safe_exp_feature_map(k, axes=(1, 3)),
         v,
-        _log_refined_gate(gate_logits, refine_logits),
+        log_refined_gate(gate_logits, refine_logits),
         scale=1 / (math.e * math.sqrt(q.shape[-1] * (math.e**2 - 1))),
         initial_state=initial_state,
         return_state=return_state,
     )
-
-
-def _log_refined_gate(gate_logits, refine_logits):
-    """`log(refined_gate(g, r))` of logits, to relative accuracy at gates near 0 and near 1."""
-    wide = jnp.result_type(jnp.float32, gate_logits, refine_logits)
-    gate, refine = gate_logits.astype(wide), refine_logits.astype(wide)
-    log_gate = jax.nn.log_sigmoid(gate)
-    # f / g is (1 - r) g + r (2 - g), which is also 1 + (2 r - 1) (1 - g)
-    near_0 = jnp.logaddexp(
-        jax.nn.log_sigmoid(-refine) + log_gate,
-        jax.nn.log_sigmoid(refine) + jnp.log1p(jax.nn.sigmoid(-gate)),
-    )
-    near_1 = jnp.log1p(jnp.tanh(refine / 2) * jax.nn.sigmoid(-jnp.maximum(gate, 0)))
-    return log_gate + jnp.where(gate > 0, near_1, near_0)
 
 
 def ssd(

@@ -1,15 +1,18 @@
 """Linear attention whose weights are normalised, rotated, gated or balanced in other ways."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from attn_kernels import recurrence as engine
 from attn_kernels.recurrence import match_heads
 from attn_lab.ops.linear import FeatureMap, linear_attention
 from attn_lab.ops.linear import feature_map as resolve
 
 __all__ = [
+    "causal_flow_attention",
     "efficient_attention",
     "flow_attention",
     "kv_gated_linear_attention",
@@ -82,26 +85,83 @@ def flow_attention(
 
     Source: Wu et al., Flowformer, 2022, arXiv 2202.06258.
     """
-    length, key_length = q.shape[1], k.shape[1]
-    if causal and length != key_length:
+    if not causal:
+        return _flow(q, k, v, eps, lambda x: x.sum(1, keepdims=True), _sum, 1, k.shape[1])
+    if q.shape[1] != k.shape[1]:
         raise ValueError(f"causal flow needs as many keys as queries: q {q.shape}, k {k.shape}")
+    return causal_flow_attention(q, k, v, eps=eps)[0]
+
+
+def causal_flow_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    eps: float = 1e-6,
+    initial_state: Any = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """Causal `flow_attention` that goes on from a state, and leaves one.
+
+    Args:
+      q, k, v, eps: as in `flow_attention`, with as many keys as queries.
+      initial_state: from an earlier call, whose positions these follow.
+      segment_ids: integers `[B, T]`: documents of a packed row, as in `linear_attention` of engine
+        2; each has its own flow.
+
+    Returns:
+      `[B, T, H, Dv]` in the dtype of v, and the state: every running sum at the last position.
+
+    Raises:
+      ValueError: if shapes do not fit.
+
+    Source: Wu et al., Flowformer, 2022, arXiv 2202.06258.
+    """
+    before = iter([] if initial_state is None else initial_state)
+    state = []
+
+    def total(x):
+        if segment_ids is None:
+            sums = jnp.cumsum(x, 1) + next(before, 0)
+        else:
+            one = jnp.ones_like(x[..., :1])
+            sums = engine.linear_attention(one, one, x, scale=1.0, segment_ids=segment_ids)
+        state.append(sums[:, -1:])
+        return sums
+
+    def read(queries, keys, values):
+        out, last = engine.linear_attention(
+            queries,
+            keys,
+            values,
+            scale=1.0,
+            initial_state=next(before, None),
+            return_state=True,
+            segment_ids=segment_ids,
+        )
+        state.append(last)
+        return out
+
+    # padding at the start has counted nothing
+    count = jnp.maximum(total(jnp.ones((*q.shape[:2], 1, 1), _wide(q, k, v))), 1)
+    return _flow(q, k, v, eps, total, read, count, count), tuple(state)
+
+
+def _flow(q, k, v, eps, total, read, count, key_count):
+    """Flow attention by sums `total` over positions and the weighted sum `read`."""
     wide = _wide(q, k, v)
     queries, keys, values = match_heads(
         jax.nn.sigmoid(q.astype(wide)), jax.nn.sigmoid(k.astype(wide)), v.astype(wide)
     )
-    count = jnp.arange(1, length + 1, dtype=wide)[None, :, None, None] if causal else 1
-
-    def total(x):
-        return jnp.cumsum(x, 1) if causal else x.sum(1, keepdims=True)
 
     def flow(x, others):
         return jnp.sum((x + eps) * (total(others) + eps), -1, keepdims=True) / count
 
     incoming, outgoing = flow(queries, keys), flow(keys, queries)
-    arriving = flow(queries, keys / outgoing) * (length / key_length)
+    arriving = flow(queries, keys / outgoing) * (q.shape[1] / k.shape[1])
     leaving = jnp.exp(jnp.clip(flow(keys, queries / incoming), -1, 1))
-    share = leaving / total(leaving) * (count if causal else key_length)
-    out = _sum(queries / incoming / count, keys, share * values, causal)
+    share = _ratio(leaving, total(leaving)) * key_count
+    out = read(queries / incoming / count, keys, share * values)
     return (jax.nn.sigmoid(arriving) * out).astype(v.dtype)
 
 
@@ -293,11 +353,9 @@ def _ratio(x, y):
     return x / jnp.where(y == 0, 1, y)
 
 
-def _sum(queries, keys, values, causal=False):
+def _sum(queries, keys, values):
     """`sum_s <queries_t, keys_s> values_s`, in the dtype of values."""
-    return linear_attention(
-        queries, keys, values, feature_map="identity", normalization="none", causal=causal
-    )
+    return linear_attention(queries, keys, values, feature_map="identity", normalization="none")
 
 
 def _weighted_mean(queries, keys, v, sin, cos, eps):

@@ -34,10 +34,17 @@ CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("delta_rule", {"allow_neg_eigval": True, "output_gate": True, "short_conv": None}),
     ("delta_rule", {"beta": False}),
     ("gated_delta_rule", {"num_heads": 2, "head_dim": 4, "expand_v": 1.0}),
+    ("lightning_attention", {"depth": 1, "num_layers": 2, "hidden_dim": 8, "act": "elu1"}),
+    ("block_diagonal_attention", {"block_size": 3, "num_kv_heads": 2, "rope_theta": 100.0}),
+    ("ssd", {"ngroups": 2, "expand": 3, "d_conv": 2}),
     ("base_conv", {"activation": "silu"}),
     ("base_conv", {"kernel_size": -1}),
 ]
-DEFAULTS = {"gated_delta_rule": {"num_heads": 4}}
+DEFAULTS = {
+    "gated_delta_rule": {"num_heads": 4},
+    "kv_gated_linear_attention": {"num_tokens": 9, "grid": (2, 3)},
+    "ssd": {"d_state": 6, "headdim": 8},
+}
 WITHOUT_EFFECT = {("mlp_score_attention", "network", 2, "bias")}  # a constant in a softmax
 cases = pytest.mark.parametrize(
     ("name", "arguments"), CASES, ids=[f"{n}-{'-'.join(map(str, a.values()))}" for n, a in CASES]
