@@ -6,6 +6,7 @@
 from attn_lab.catalogue import (
     attention,
     heads,
+    linear_states,
     linear_weights,
     masks,
     normalizers,
@@ -24,6 +25,7 @@ CATALOGUE: tuple[Mechanism, ...] = (
     *heads.ROWS,
     *recurrence.ROWS,
     *linear_weights.ROWS,
+    *linear_states.ROWS,
     *masks.ROWS,
     *positions.ROWS,
 )
