@@ -19,6 +19,11 @@ def qkv(length=7, keys=9, heads=4, kv_heads=2, dim=3, v_dim=2):
     return tuple(normal(n, *shape) for n, shape in enumerate(shapes))
 
 
+attend = jax.jit(
+    ops.local_linear_attention, static_argnames=("causal", "solver", "cg_iters", "scale")
+)
+
+
 def test_it_is_the_intercept_of_the_weighted_ridge_regression(x64):
     q, k, v = qkv(heads=2)
     _, weights = ops.dot_product_attention(q, k, v, return_weights=True)
@@ -29,27 +34,22 @@ def test_it_is_the_intercept_of_the_weighted_ridge_regression(x64):
         normal_matrix = z.T @ (weights[b, h, t][:, None] * z) + 0.3 * np.diag([0, 1, 1, 1])
         right = z.T @ (weights[b, h, t][:, None] * v[b, :, h])
         want[b, t, h] = np.linalg.solve(normal_matrix, right)[0]
-    close(ops.local_linear_attention(q, k, v, 0.3, causal=False), want)
+    close(attend(q, k, v, 0.3, causal=False), want)
 
 
 @pytest.mark.parametrize("solver", ["direct", "cg"])
 def test_affine_values_are_continued_and_a_large_ridge_is_softmax(solver, x64):
     q, k, v = qkv()
-    attend = jax.jit(
-        lambda v, ridge, causal: ops.local_linear_attention(
-            q, k, v, ridge, causal=causal, solver=solver
-        ),
-        static_argnames="causal",
-    )
     slope, start = normal(3, 3, 2), normal(4, 2)
-    affine = attend(start + k @ slope, 1e-12, False)
+    affine = attend(q, k, start + k @ slope, 1e-12, causal=False, solver=solver)
     close(affine, start + q @ slope, 1e-6)
     close(
-        attend(jnp.broadcast_to(start, v.shape), 0.1, True), jnp.broadcast_to(start, affine.shape)
+        attend(q, k, jnp.broadcast_to(start, v.shape), 0.1, solver=solver),
+        jnp.broadcast_to(start, affine.shape),
     )
-    close(attend(v, 1e12, True), ops.dot_product_attention(q, k, v, causal=True))
-    first = ops.local_linear_attention(q[:, :3], k[:, :3], v[:, :3], 0.5, solver=solver)
-    close(first[:, 0], jnp.repeat(v[:, 0], 2, 1))
+    close(attend(q, k, v, 1e12, solver=solver), ops.dot_product_attention(q, k, v, causal=True))
+    first = attend(q[:, :1], k[:, :1], v[:, :1], 0.5, solver=solver)
+    close(first, jnp.repeat(v[:, :1], 2, 2))
 
 
 def test_both_solvers_have_the_same_gradients(x64):
@@ -73,7 +73,7 @@ def test_conjugate_gradients_hold_no_matrix_of_keys():
 
 def test_steps_are_counted_and_errors_name_the_argument():
     q, k, v = qkv()
-    none = ops.local_linear_attention(q, k, v, 0.1, solver="cg", cg_iters=0)
+    none = attend(q, k, v, 0.1, solver="cg", cg_iters=0)
     close(none, ops.dot_product_attention(q, k, v, causal=True), 1e-6)
     with pytest.raises(ValueError, match="solver must be"):
         ops.local_linear_attention(q, k, v, 0.1, solver="lu")
