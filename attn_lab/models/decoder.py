@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_lab.nn import Build, Mixer, dropout, make_mixer
+from attn_lab.nn import Build, Mixer, SimpleGLU, dropout, make_mixer
 
 CAPTURES = "attention_weights", "scores", "residual_norms"
 
@@ -58,10 +58,11 @@ class DecoderLM(nnx.Module):
       num_layers: L.
       mixers: a name in `attn_lab.nn.MIXERS`, or one for each layer.
       mixer_args: keywords of the mixers: one mapping, or one for each layer. Mixers that take
-        their layer's `depth` or the training length `context` get them.
-      mlp: "gelu", "swiglu", "identity" (the residual adds the norm alone) or None.
+        their layer's `depth`, `num_layers` or the training length `context` get them.
+      mlp: "gelu", "swiglu", "glu" (without an activation), "identity" (the residual adds the norm
+        alone) or None.
       mlp_ratio: hidden width over `width`.
-      norm: "layer" or "rms".
+      norm: "layer", "rms" or "simple_rms" (without a weight).
       norm_eps: of the norms.
       bias: whether norms and the MLP have biases.
       positions: "learned" (up to `max_len`) or None; rotary positions are an argument of mixers.
@@ -104,8 +105,8 @@ class DecoderLM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         for name, given, known in (
-            ("mlp", mlp, ("gelu", "swiglu", "identity", None)),
-            ("norm", norm, ("layer", "rms")),
+            ("mlp", mlp, ("gelu", "swiglu", "glu", "identity", None)),
+            ("norm", norm, ("layer", "rms", "simple_rms")),
             ("positions", positions, ("learned", None)),
         ):
             if given not in known:
@@ -132,19 +133,24 @@ class DecoderLM(nnx.Module):
         self.dtype = param_dtype if dtype is None else dtype
 
         def make_norm():
-            if norm == "rms":
-                return build.rms_norm(width, norm_eps)
-            return build.layer_norm(width, norm_eps, bias)
+            if norm == "layer":
+                return build.layer_norm(width, norm_eps, bias)
+            return build.rms_norm(width, norm_eps, weight=norm == "rms")
 
+        def make_mlp():
+            hidden = round(width * mlp_ratio)
+            if mlp == "glu":
+                return SimpleGLU(width, hidden=hidden, bias=bias, **vars(build))
+            if mlp in ("gelu", "swiglu"):
+                return MLP(width, hidden, mlp, bias=bias, build=build)
+            return None
+
+        offered = dict(num_layers=num_layers, context=max_len)
         blocks = []
         for depth, (name, arguments) in enumerate(zip(mixers, mixer_args)):
-            mixer = make_mixer(name, width, arguments, build, depth=depth, context=max_len)
-            kind = mlp if mlp in ("gelu", "swiglu") else None
-            feed = (
-                MLP(width, round(width * mlp_ratio), kind, bias=bias, build=build) if kind else None
-            )
+            mixer = make_mixer(name, width, arguments, build, depth=depth, **offered)
             norms = make_norm(), make_norm() if mlp else None
-            blocks.append(Block(mixer, feed, *norms, residual_dropout))
+            blocks.append(Block(mixer, make_mlp(), *norms, residual_dropout))
         self.blocks = nnx.List(blocks)
         self.norm = make_norm()
 

@@ -58,9 +58,14 @@ class Build:
             rngs=self.rngs,
         )
 
-    def rms_norm(self, dim: int, eps: float = 1e-5) -> nnx.RMSNorm:
+    def rms_norm(self, dim: int, eps: float = 1e-5, weight: bool = True) -> nnx.RMSNorm:
         return nnx.RMSNorm(
-            dim, epsilon=eps, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
+            dim,
+            epsilon=eps,
+            use_scale=weight,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
         )
 
     def layer_norm(self, dim: int, eps: float = 1e-5, bias: bool = True) -> nnx.LayerNorm:
