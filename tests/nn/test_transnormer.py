@@ -1,0 +1,100 @@
+"""TransNormer's layers against their operators."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_lab import ops
+from attn_lab.nn import DiagAttention, NormAttention, SimpleGLU, TransNormerMixer
+from attn_lab.nn.layers import split_heads
+
+X = jax.random.normal(jax.random.key(0), (2, 11, 16))
+BUILD = dict(kernel_init=nnx.initializers.normal(0.5))
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+def heads(mixer):
+    return (split_heads(part, mixer.num_heads) for part in jnp.split(mixer.qkv(X), 3, -1))
+
+
+def test_norm_attention_is_the_operator_with_a_gate():
+    mixer = NormAttention(16, feature_map="relu", **BUILD, rngs=nnx.Rngs(0))
+    y = ops.norm_linear_attention(*heads(mixer), feature_map="relu", causal=True)
+    gated = y.reshape(X.shape) * jax.nn.silu(mixer.output_gate(X))
+    close(mixer(X), mixer.out(gated))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_lightning_attention_is_the_operator_with_positions_in_the_first_layer(depth):
+    mixer = TransNormerMixer(16, depth=depth, num_layers=3, **BUILD, rngs=nnx.Rngs(0))
+    q, k, v = heads(mixer)
+    q, k = jax.nn.silu(q), jax.nn.silu(k)
+    if depth == 0:
+        theta = 10000 ** (-2 * jnp.arange(16.0) / 16).reshape(4, 4)
+        close(mixer.theta[...], theta)
+        q, k = ops.lrpe(q, theta), ops.lrpe(k, theta)
+    y = ops.lightning_attention(q, k, v, ops.lightning_slopes(4, depth, 3)).reshape(X.shape)
+    close(mixer(X), mixer.out(ops.simple_rms_norm(y) * mixer.output_gate(X)))
+
+
+def test_a_layer_that_is_not_of_the_model_is_refused():
+    with pytest.raises(ValueError, match="layer_idx must be within 0 and 2, got 3"):
+        TransNormerMixer(16, depth=3, num_layers=3, rngs=nnx.Rngs(0))
+
+
+def test_a_plain_gated_unit_is_even():
+    glu = SimpleGLU(16, hidden=24, rngs=nnx.Rngs(0))
+    close(glu(-X), glu(X))
+    close(glu(3 * X), 9 * glu(X))
+
+
+def diag(**arguments):
+    return DiagAttention(16, **arguments, **BUILD, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_do_not_see_each_other(causal):
+    mixer = diag(block_size=4, causal=causal)
+    parts = [mixer(X[:, start : start + 4]) for start in (0, 4, 8)]
+    close(mixer(X), jnp.concatenate(parts, 1))
+    whole = diag(block_size=11, causal=causal)
+    assert not np.allclose(mixer(X)[:, 4:], whole(X)[:, 4:], atol=1e-3)
+
+
+def test_a_block_of_one_token_is_its_value():
+    mixer = diag(block_size=1)
+    close(mixer(X), mixer.out(mixer.value(X)))
+
+
+def test_documents_have_blocks_of_their_own():
+    mixer = diag(block_size=4)
+    ids = jnp.array([[3] * 5 + [7] * 6] * 2)
+    packed = mixer(X, segment_ids=ids)
+    close(packed, jnp.concatenate([mixer(X[:, :5]), mixer(X[:, 5:])], 1))
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 3, 9, 11), (0, 11), (0, 6, 11)])
+def test_the_cache_keeps_a_block(cuts):
+    mixer = diag(block_size=4, window=3, num_kv_heads=2)
+    cache, parts = mixer.init_cache(2, 11), []
+    for start, end in itertools.pairwise(cuts):
+        y, cache = mixer(X[:, start:end], cache=cache)
+        parts.append(y)
+    close(jnp.concatenate(parts, 1), mixer(X))
+    assert mixer.state_bytes(1000) == 4 * 2 * 3 * 8
+
+
+def test_weights_are_within_blocks():
+    weights = diag(block_size=4).weights(X)
+    block = jnp.arange(11) // 4
+    assert not jnp.where(block[:, None] == block, 0, weights).any()
+    close(weights.sum(-1), 1)
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        diag(block_size=0)
