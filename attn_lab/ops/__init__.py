@@ -2,6 +2,7 @@
 
 from attn_lab.ops.attention import *
 from attn_lab.ops.biases import *
+from attn_lab.ops.bottleneck import *
 from attn_lab.ops.convolution import *
 from attn_lab.ops.decays import *
 from attn_lab.ops.differential import *
@@ -9,6 +10,7 @@ from attn_lab.ops.eviction import *
 from attn_lab.ops.filters import *
 from attn_lab.ops.grids import *
 from attn_lab.ops.heads import *
+from attn_lab.ops.kernel_maps import *
 from attn_lab.ops.latent import *
 from attn_lab.ops.lean import *
 from attn_lab.ops.linear import *
@@ -21,9 +23,11 @@ from attn_lab.ops.normed import *
 from attn_lab.ops.pairs import *
 from attn_lab.ops.patterns import *
 from attn_lab.ops.positions import *
+from attn_lab.ops.quadrature import *
 from attn_lab.ops.regression import *
 from attn_lab.ops.relations import *
 from attn_lab.ops.scores import *
 from attn_lab.ops.selection import *
+from attn_lab.ops.sharpened import *
 from attn_lab.ops.sparse_state import *
 from attn_lab.ops.vision import *
