@@ -6,6 +6,7 @@
 from attn_lab.catalogue import (
     attention,
     heads,
+    linear_kernels,
     linear_states,
     linear_weights,
     masks,
@@ -25,6 +26,7 @@ CATALOGUE: tuple[Mechanism, ...] = (
     *heads.ROWS,
     *recurrence.ROWS,
     *linear_weights.ROWS,
+    *linear_kernels.ROWS,
     *linear_states.ROWS,
     *masks.ROWS,
     *positions.ROWS,
