@@ -26,6 +26,7 @@ from attn_lab.ops.positions import *
 from attn_lab.ops.quadrature import *
 from attn_lab.ops.regression import *
 from attn_lab.ops.relations import *
+from attn_lab.ops.running import *
 from attn_lab.ops.scores import *
 from attn_lab.ops.selection import *
 from attn_lab.ops.sharpened import *

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from attn_kernels import recurrence as engine
 from attn_lab.ops.linear import linear_attention
 from attn_lab.ops.normed import block_diagonal_attention
+from attn_lab.ops.running import running_exp
 
 __all__ = [
+    "causal_log_normal_attention",
     "fastmax_attention",
     "linear_log_normal_attention",
     "linear_log_normal_diag_attention",
@@ -155,6 +157,65 @@ def linear_log_normal_attention(
         causal=causal,
         eps=eps,
     )
+
+
+def causal_log_normal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    alpha: float | jax.Array,
+    beta: float | jax.Array,
+    eps: float = 1e-8,
+    initial_state: tuple[jax.Array, jax.Array] | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Causal linear log-normal attention that does not look ahead and goes on from a state.
+
+    It is `linear_log_normal_attention`, but for eps, which is added in units of the largest key so
+    far in place of the largest of all.
+
+    Args:
+      q: `[B, T, H, D]`.
+      k: `[B, T, K, D]`; K divides H.
+      v: `[B, T, K, Dv]`.
+      alpha, beta: temperatures.
+      eps: added to the sum of a row's weights.
+      initial_state: from an earlier call, whose positions these follow.
+      segment_ids: integers `[B, T]`: documents of a packed row, as in `linear_attention` of engine
+        2.
+
+    Returns:
+      `[B, T, H, Dv]` in the dtype of v, and the state: sums `[B, H, D, Dv + 1]` of keys times
+      values, in the last column of keys alone, and the largest key `[B, K]`.
+
+    Raises:
+      ValueError: if shapes do not fit.
+
+    Source: Nahshan et al., 2023, arXiv 2311.13541.
+    """
+    wide = jnp.result_type(jnp.float32, q, k, v)
+    sums, peak = (None, None) if initial_state is None else initial_state
+    keys, log_decay, peak = running_exp(
+        beta * k.astype(wide),
+        shared=True,
+        peak=None if peak is None else peak[:, None, :, None],
+        segment_ids=segment_ids,
+    )
+    values = v.astype(wide)
+    out, sums = engine.linear_attention(
+        _below_one(alpha * q.astype(wide), -1),
+        keys,
+        jnp.concatenate([values, jnp.ones_like(values[..., :1])], -1),
+        log_decay=log_decay[..., 0],
+        scale=1.0,
+        initial_state=sums,
+        return_state=True,
+        segment_ids=segment_ids,
+    )
+    total = out[..., -1:] + eps
+    out = out[..., :-1] / jnp.where(total == 0, 1, total)
+    return out.astype(v.dtype), (sums, peak[:, 0, :, 0])
 
 
 def linear_log_normal_diag_attention(
