@@ -15,6 +15,7 @@ from attn_lab.nn.conversion import decouple_heads, group_heads
 from attn_lab.nn.convolution import BaseConv
 from attn_lab.nn.cross import LuongAttention, PredictedCenter, SkimAttention, SkimLayer
 from attn_lab.nn.documents import ChunkedEncoder, KernelPooling
+from attn_lab.nn.filters import AdaptiveFilterAttention
 from attn_lab.nn.flow import FlowAttention
 from attn_lab.nn.gated_linear import ReGLA
 from attn_lab.nn.heads import (
@@ -42,6 +43,7 @@ from attn_lab.nn.linear_vision import (
     MALABlock2d,
     NormAwareAttention2d,
 )
+from attn_lab.nn.manhattan import ManhattanAttention, RMTBlock
 from attn_lab.nn.normalizers import (
     ClippedSoftmaxAttention,
     ComplexAttention,
@@ -67,6 +69,7 @@ from attn_lab.nn.recurrent import (
     MatrixStateMixer,
     MultiScaleRetention,
 )
+from attn_lab.nn.regression import LocalLinearAttention
 from attn_lab.nn.relations import (
     DifferentialIntegralAttention,
     DualAttention,
@@ -81,6 +84,7 @@ from attn_lab.nn.scores import (
     RelativeBiasAttention,
     SelectiveAttention,
 )
+from attn_lab.nn.sparse_state import SSE
 from attn_lab.nn.state_space import Mamba2
 from attn_lab.nn.transnormer import DiagAttention, NormAttention, SimpleGLU, TransNormerMixer
 
@@ -137,6 +141,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "efficient_attention": EfficientAttention,
     "generalized_linear_attention": GeneralizedLinearAttention,
     "kv_gated_linear_attention": LINAAttention,
+    "adaptive_filter_attention": AdaptiveFilterAttention,
+    "local_linear_attention": LocalLinearAttention,
+    "sparse_state_expansion": SSE,
     "base_conv": BaseConv,
 }
 
@@ -177,6 +184,8 @@ def make_mixer(
 
 __all__ = [
     "MIXERS",
+    "SSE",
+    "AdaptiveFilterAttention",
     "BaseConv",
     "BidirectionalMixer",
     "Build",
@@ -211,12 +220,14 @@ __all__ = [
     "LengthScaledAttention",
     "LinearAttention",
     "LinearBiasAttention",
+    "LocalLinearAttention",
     "LongShortAttention",
     "LowRankAttentionPooling",
     "LuongAttention",
     "MALABlock2d",
     "MLPScoreAttention",
     "Mamba2",
+    "ManhattanAttention",
     "MatrixStateMixer",
     "Mixer",
     "MixtureOfAttentiveExperts",
@@ -230,6 +241,7 @@ __all__ = [
     "NormalizedAttention",
     "PredictedCenter",
     "QuantizableGate",
+    "RMTBlock",
     "ReGLA",
     "RectifiedLinearAttention",
     "RelationalAttention",

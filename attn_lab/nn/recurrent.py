@@ -32,6 +32,8 @@ class MatrixStateMixer(Mixer):
       qk_norm: "l2" gives q and k unit norm per head; None leaves them.
       output_gate: "swish", "linear" (without an activation) or None.
       norm_eps: of the RMS norm of a head's output; None has no norm.
+      learned_initial_state: whether the state before the first token is a parameter of rank 1,
+        `start.a start.b`; `segment_ids` then raise ValueError.
       build: keywords of `Build`.
     """
 
@@ -49,6 +51,7 @@ class MatrixStateMixer(Mixer):
         qk_norm: str | None,
         output_gate: str | None,
         norm_eps: float | None,
+        learned_initial_state: bool = False,
         **build: Any,
     ):
         build = Build(**build)
@@ -75,10 +78,23 @@ class MatrixStateMixer(Mixer):
         self.output_gate = build.linear(width, value_width) if output_gate else none
         self.gate_activation = output_gate
         self.out = build.output(value_width, width)
+        self.start, self.packs = none, not learned_initial_state
+        if learned_initial_state:
+            shapes = {"a": (self.head_dim, 1), "b": (1, self.value_dim)}
+            small = nnx.initializers.normal(0.02)
+            factors = {name: build.param((num_heads, *s), small) for name, s in shapes.items()}
+            self.start = nnx.Dict(factors)
+
+    def _start(self, batch):
+        """The state before the first token."""
+        shape = self.num_heads, self.head_dim, self.value_dim
+        if self.start is None:
+            return jnp.zeros((batch, *shape), jnp.float32)
+        a, b = (self.start[name][...].astype(jnp.float32) for name in "ab")
+        return jnp.broadcast_to(a * b, (batch, *shape))
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32):
-        shape = batch, self.num_heads, self.head_dim, self.value_dim
-        cache = {"state": jnp.zeros(shape, jnp.float32)}
+        cache = {"state": self._start(batch)}
         if self.conv is not None:
             cache["conv"] = self.conv.init_state(batch, dtype)
         return cache
@@ -96,6 +112,9 @@ class MatrixStateMixer(Mixer):
     def __call__(self, x, *, segment_ids=None, cache=None, rngs=None):
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids and cache exclude each other: decode one document a row")
+        if segment_ids is not None and self.start is not None:
+            raise ValueError("segment_ids need learned_initial_state=False: it starts a row, once")
+        start = None if self.start is None else self._start(x.shape[0])
         qkv, new = self.qkv(x), {}
         if self.conv is not None and cache is not None:
             qkv, new["conv"] = self.conv(qkv, state=cache["conv"])
@@ -116,7 +135,7 @@ class MatrixStateMixer(Mixer):
             log_decay=log_decay,
             beta=beta,
             scale=self.scale,
-            initial_state=None if cache is None else cache["state"],
+            initial_state=start if cache is None else cache["state"],
             return_state=True,
             segment_ids=segment_ids,
         )
@@ -259,8 +278,10 @@ class GatedLinearAttention(MatrixStateMixer):
       gate_low_rank: the rank of the gate's projection.
       gate_logit_normalizer: divides the log of the gate.
       output_gate, short_conv, qk_norm, activation, norm_eps: as in `MatrixStateMixer`.
+      learned_initial_state: as there; training it alone adapts a frozen model.
 
-    Source: Yang et al., 2023, arXiv 2312.06635.
+    Source: Yang et al., 2023, arXiv 2312.06635; the initial state: Lina-Speech, 2024, arXiv
+    2410.23320.
     """
 
     def __init__(
@@ -278,6 +299,7 @@ class GatedLinearAttention(MatrixStateMixer):
         qk_norm: str | None = None,
         activation: str = "identity",
         norm_eps: float = 1e-5,
+        learned_initial_state: bool = False,
         **build: Any,
     ):
         if gate not in ("channel", "scalar"):
@@ -293,6 +315,7 @@ class GatedLinearAttention(MatrixStateMixer):
             qk_norm=qk_norm,
             output_gate=output_gate,
             norm_eps=norm_eps,
+            learned_initial_state=learned_initial_state,
             **build,
         )
         build = Build(**build)
@@ -404,7 +427,7 @@ class GatedDeltaNet(DeltaNet):
         )
         build = Build(**build)
         self.decay = build.linear(width, num_heads)
-        self.log_a = build.param((num_heads,), _log_uniform_a)
+        self.log_a = build.param((num_heads,), log_uniform_a)
         self.dt_bias = build.param((num_heads,), inverse_softplus_dt)
 
     def gates(self, x, positions):
@@ -412,11 +435,12 @@ class GatedDeltaNet(DeltaNet):
         return -jnp.exp(self.log_a[...]) * step, super().gates(x, positions)[1]
 
 
-def _log_uniform_a(key, shape, dtype):
+def log_uniform_a(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Logarithms of decay rates that are uniform up to 16."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1e-4, 16.0))
 
 
-def inverse_softplus_dt(key, shape, dtype):
+def inverse_softplus_dt(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """What softplus takes to steps log-uniform in [1e-3, 0.1]."""
     low, high = math.log(1e-3), math.log(1e-1)
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)

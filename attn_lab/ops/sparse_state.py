@@ -44,6 +44,7 @@ def sparse_state_expansion(
     initial_state: jax.Array | None = None,
     return_state: bool = False,
     beta: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Gated linear attention over N states, of which a router picks those to write and to read.
 
@@ -64,6 +65,7 @@ def sparse_state_expansion(
       return_state: whether to return the last states as well.
       beta: write strengths `[B, T, H]` of the gated delta rule, which erases with the masked key
         `w_tn e_tn k_t` before it writes; None writes additively.
+      segment_ids: see `attn_kernels.recurrence.linear_attention`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the states `[B, N, H, D, Dv]`, in
@@ -115,6 +117,7 @@ def sparse_state_expansion(
         scale=scale,
         initial_state=initial_state,
         return_state=True,
+        segment_ids=segment_ids,
     )
     out = out.reshape(batch, length, heads, partitions, -1).sum(3).astype(dtype)
     state = jnp.swapaxes(state.reshape(batch, heads, partitions, *dims), 1, 2)

@@ -31,6 +31,8 @@ CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
         "gated_linear_attention",
         {"gate": "scalar", "short_conv": 4, "qk_norm": "l2", "activation": "silu"},
     ),
+    ("gated_linear_attention", {"learned_initial_state": True}),
+    ("sparse_state_expansion", {"base": "gdn", "num_write": 2, "head_dim": 6}),
     ("delta_rule", {"allow_neg_eigval": True, "output_gate": True, "short_conv": None}),
     ("delta_rule", {"beta": False}),
     ("gated_delta_rule", {"num_heads": 2, "head_dim": 4, "expand_v": 1.0}),
