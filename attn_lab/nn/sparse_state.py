@@ -151,7 +151,7 @@ class SSE(Mixer):
         return l2_norm(jax.nn.silu(q)), l2_norm(jax.nn.silu(k))
 
     def balance_loss(self, x: jax.Array) -> jax.Array:
-        """The loss that spreads writes over the states, at least about 1: it is 1 for even shares.
+        """The loss that spreads writes over the states: 1 if they are even, N if all go to one.
 
         It is `N / num_write sum_n mean_t(e_tn) mean_t(w_tn)`, e the shares of the router and w
         whether it picks a state to be written.
