@@ -11,6 +11,7 @@ from attn_lab.nn.attention import (
     SigmoidAttention,
     SinkAttention,
 )
+from attn_lab.nn.bottleneck import Latte, Linformer
 from attn_lab.nn.conversion import decouple_heads, group_heads
 from attn_lab.nn.convolution import BaseConv
 from attn_lab.nn.cross import LuongAttention, PredictedCenter, SkimAttention, SkimLayer
@@ -32,6 +33,13 @@ from attn_lab.nn.lean import (
     LeanAttention,
     LowRankAttentionPooling,
     SimilaritySelfAttention,
+)
+from attn_lab.nn.linear_kernels import (
+    DyDiLA,
+    FastmaxAttention,
+    LogNormalAttention,
+    LogNormalDiagAttention,
+    SimplifiedLinearAttention,
 )
 from attn_lab.nn.linear_vision import (
     BidirectionalMixer,
@@ -61,6 +69,7 @@ from attn_lab.nn.normalizers import (
     TopKAttention,
 )
 from attn_lab.nn.pooling import SelfGatedPooling
+from attn_lab.nn.quadrature import GalerkinAttention
 from attn_lab.nn.recurrent import (
     DeltaNet,
     GatedDeltaNet,
@@ -144,6 +153,14 @@ MIXERS: dict[str, type[Mixer]] = {
     "adaptive_filter_attention": AdaptiveFilterAttention,
     "local_linear_attention": LocalLinearAttention,
     "sparse_state_expansion": SSE,
+    "simplified_linear_attention": SimplifiedLinearAttention,
+    "dynamic_differential_linear_attention": DyDiLA,
+    "linear_log_normal_attention": LogNormalAttention,
+    "linear_log_normal_diag_attention": LogNormalDiagAttention,
+    "fastmax_attention": FastmaxAttention,
+    "galerkin_attention": GalerkinAttention,
+    "latte_attention": Latte,
+    "linformer_attention": Linformer,
     "base_conv": BaseConv,
 }
 
@@ -203,10 +220,13 @@ __all__ = [
     "DifferentialQKVAttention",
     "DualAttention",
     "DualGatedLinearAttention",
+    "DyDiLA",
     "EfficientAttention",
     "EfficientAttention2d",
     "EntmaxAttention",
+    "FastmaxAttention",
     "FlowAttention",
+    "GalerkinAttention",
     "GatedAttention",
     "GatedDeltaNet",
     "GatedLinearAttention",
@@ -216,11 +236,15 @@ __all__ = [
     "HeadEmbeddingAttention",
     "KernelPooling",
     "LINAAttention",
+    "Latte",
     "LeanAttention",
     "LengthScaledAttention",
     "LinearAttention",
     "LinearBiasAttention",
+    "Linformer",
     "LocalLinearAttention",
+    "LogNormalAttention",
+    "LogNormalDiagAttention",
     "LongShortAttention",
     "LowRankAttentionPooling",
     "LuongAttention",
@@ -254,6 +278,7 @@ __all__ = [
     "SimilarityAttention",
     "SimilaritySelfAttention",
     "SimpleGLU",
+    "SimplifiedLinearAttention",
     "SinkAttention",
     "SinkhornAttention",
     "SkimAttention",

@@ -39,11 +39,13 @@ CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("lightning_attention", {"depth": 1, "num_layers": 2, "hidden_dim": 8, "act": "elu1"}),
     ("block_diagonal_attention", {"block_size": 3, "num_kv_heads": 2, "rope_theta": 100.0}),
     ("ssd", {"ngroups": 2, "expand": 3, "d_conv": 2}),
+    ("linear_log_normal_diag_attention", {"block_size": 3, "learned": True, "num_kv_heads": 2}),
     ("base_conv", {"activation": "silu"}),
     ("base_conv", {"kernel_size": -1}),
 ]
 DEFAULTS = {
     "gated_delta_rule": {"num_heads": 4},
+    "linformer_attention": {"proj_len": 4},
     "kv_gated_linear_attention": {"num_tokens": 9, "grid": (2, 3)},
     "ssd": {"d_state": 6, "headdim": 8},
 }
