@@ -11,6 +11,11 @@ from attn_lab.nn.attention import (
     SigmoidAttention,
     SinkAttention,
 )
+from attn_lab.nn.bidirectional import (
+    BidirectionalMixer,
+    EfficientAttention,
+    GeneralizedLinearAttention,
+)
 from attn_lab.nn.bottleneck import Latte, Linformer
 from attn_lab.nn.conversion import decouple_heads, group_heads
 from attn_lab.nn.convolution import BaseConv
@@ -18,7 +23,7 @@ from attn_lab.nn.cross import LuongAttention, PredictedCenter, SkimAttention, Sk
 from attn_lab.nn.documents import ChunkedEncoder, KernelPooling
 from attn_lab.nn.filters import AdaptiveFilterAttention
 from attn_lab.nn.flow import FlowAttention
-from attn_lab.nn.gated_linear import ReGLA
+from attn_lab.nn.gated_linear import GatedLinearAttention, ReGLA
 from attn_lab.nn.heads import (
     DecoupledHeadAttention,
     DifferentialQKVAttention,
@@ -42,11 +47,8 @@ from attn_lab.nn.linear_kernels import (
     SimplifiedLinearAttention,
 )
 from attn_lab.nn.linear_vision import (
-    BidirectionalMixer,
     DualGatedLinearAttention,
-    EfficientAttention,
     EfficientAttention2d,
-    GeneralizedLinearAttention,
     LINAAttention,
     MALABlock2d,
     NormAwareAttention2d,
@@ -73,7 +75,6 @@ from attn_lab.nn.quadrature import GalerkinAttention
 from attn_lab.nn.recurrent import (
     DeltaNet,
     GatedDeltaNet,
-    GatedLinearAttention,
     LinearAttention,
     MatrixStateMixer,
     MultiScaleRetention,

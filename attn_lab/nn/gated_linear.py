@@ -1,4 +1,4 @@
-"""Gated linear attention with refined gates and bounded exponential features."""
+"""Linear attention whose state decays by gates of the input."""
 
 from __future__ import annotations
 
@@ -13,8 +13,75 @@ from attn_kernels import recurrence
 from attn_kernels.recurrence.segments import boundaries
 from attn_lab import ops
 from attn_lab.nn.layers import Build, Mixer, divide, split_heads
+from attn_lab.nn.recurrent import MatrixStateMixer
 
 LOWEST = -1e30  # below all keys; differences of it stay finite
+
+
+class GatedLinearAttention(MatrixStateMixer):
+    """Linear attention whose state decays by a gate of the input, per key channel or per head.
+
+    `log_decay = logsigmoid((x W_1) W_2 + b_2) / gate_logit_normalizer`.
+
+    Args:
+      width: of the input and output.
+      num_heads: H.
+      expand_k, expand_v: widths of keys and values over `width`.
+      gate: "channel", or "scalar" (one decay a head).
+      gate_low_rank: the rank of the gate's projection.
+      gate_logit_normalizer: divides the log of the gate.
+      output_gate, short_conv, qk_norm, activation, norm_eps: as in `MatrixStateMixer`.
+      learned_initial_state: as there; training it alone adapts a frozen model.
+
+    Source: Yang et al., 2023, arXiv 2312.06635; the initial state: Lina-Speech, 2024, arXiv
+    2410.23320.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int = 4,
+        expand_k: float = 0.5,
+        expand_v: float = 1.0,
+        gate: str = "channel",
+        gate_low_rank: int = 16,
+        gate_logit_normalizer: float = 16.0,
+        output_gate: str | None = "swish",
+        short_conv: int | None = None,
+        qk_norm: str | None = None,
+        activation: str = "identity",
+        norm_eps: float = 1e-5,
+        learned_initial_state: bool = False,
+        **build: Any,
+    ):
+        if gate not in ("channel", "scalar"):
+            raise ValueError(f"gate must be 'channel' or 'scalar', got {gate!r}")
+        key_width = round(width * expand_k)
+        super().__init__(
+            width,
+            num_heads=num_heads,
+            key_width=key_width,
+            value_width=round(width * expand_v),
+            short_conv=short_conv,
+            activation=activation,
+            qk_norm=qk_norm,
+            output_gate=output_gate,
+            norm_eps=norm_eps,
+            learned_initial_state=learned_initial_state,
+            **build,
+        )
+        build = Build(**build)
+        self.gate, self.gate_logit_normalizer = gate, gate_logit_normalizer
+        self.gate_in = build.linear(width, gate_low_rank)
+        self.gate_out = build.linear(
+            gate_low_rank, key_width if gate == "channel" else num_heads, True
+        )
+
+    def gates(self, x, positions):
+        logits = self.gate_out(self.gate_in(x)).astype(jnp.float32)
+        log_decay = jax.nn.log_sigmoid(logits) / self.gate_logit_normalizer
+        return split_heads(log_decay, self.num_heads) if self.gate == "channel" else log_decay, None
 
 
 class ReGLA(Mixer):

@@ -1,4 +1,4 @@
-"""Modules that read whole sequences and images, against their operators."""
+"""Modules of images against their operators."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ from flax import nnx
 from attn_lab import ops
 from attn_lab.nn import (
     DualGatedLinearAttention,
-    EfficientAttention,
     EfficientAttention2d,
-    GeneralizedLinearAttention,
     LINAAttention,
     MALABlock2d,
     NormAwareAttention2d,
@@ -57,34 +55,6 @@ def test_efficient_attention_of_an_image_is_added_to_it():
 
     agree(both, block)
     agree(lambda block, x: (block(x.swapaxes(1, 2)).swapaxes(1, 2), block(x)), block)
-
-
-@pytest.mark.parametrize("mid_dim", [24, -1])
-def test_generalized_queries_start_plain(mid_dim):
-    mixer = make(GeneralizedLinearAttention, causal=False, mid_dim=mid_dim)
-    doubled = 2 if mid_dim == -1 else 1
-
-    def both(mixer, x):
-        parts = doubled * mixer.query(x), doubled * mixer.key(x), mixer.value(x)
-        y = ops.linear_attention(*(in_heads(part) for part in parts), eps=12e-4)
-        return mixer(x), mixer.out(y.reshape(x.shape))
-
-    agree(both, mixer, TOKENS)
-    twice = lambda mixer, x: (mixer(jnp.concatenate([x, x], 1))[:, :12], mixer(x))  # noqa: E731
-    agree(twice, mixer, TOKENS)
-
-
-def test_the_detour_moves_queries_and_keys():
-    mixer = make(GeneralizedLinearAttention, causal=False)
-    mixer.query_map.layers[-1].kernel[...] = jnp.eye(16)
-
-    def both(mixer, x):
-        hidden = mixer.query_map.layers[1](mixer.query_map.layers[0](x))
-        q = mixer.query(x + jnp.where(hidden > 0, hidden, 0.01 * hidden))
-        y = ops.linear_attention(*map(in_heads, (q, mixer.key(x), mixer.value(x))), eps=12e-4)
-        return mixer(x), mixer.out(y.reshape(x.shape))
-
-    agree(both, mixer, TOKENS)
 
 
 def test_gates_of_tokens_and_a_convolution_of_the_image_alone():
@@ -162,21 +132,9 @@ def test_a_closed_gate_leaves_the_image():
         block(X[:, :2])
 
 
-@pytest.mark.parametrize("kind", [EfficientAttention, GeneralizedLinearAttention, LINAAttention])
-def test_whole_rows_are_not_causal(kind):
-    with pytest.raises(ValueError, match="causal must be False"):
-        make(kind)
-    mixer = make(kind, causal=False)
-    with pytest.raises(ValueError, match="segment_ids need"):
-        mixer(TOKENS, segment_ids=jnp.zeros((2, 12), int))
-    with pytest.raises(ValueError, match="cache needs causal=True"):
-        mixer(TOKENS, cache={})
-
-
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (EfficientAttention, {"key_channels": 6, "causal": False}, "must divide the key channels"),
         (LINAAttention, {"num_tokens": 8, "grid": (3, 3), "causal": False}, "num_tokens=8 must"),
         (LINAAttention, {"num_heads": 8, "causal": False}, "a multiple of 4: 2"),
         (MALABlock2d, {"num_heads": 8}, "a multiple of 4: 2"),
