@@ -53,7 +53,12 @@ from attn_lab.nn.linear_vision import (
     MALABlock2d,
     NormAwareAttention2d,
 )
-from attn_lab.nn.manhattan import ManhattanAttention, RMTBlock
+from attn_lab.nn.manhattan import (
+    GatedManhattanAttention,
+    GatedSwinRMTBlock,
+    ManhattanAttention,
+    RMTBlock,
+)
 from attn_lab.nn.normalizers import (
     ClippedSoftmaxAttention,
     ComplexAttention,
@@ -231,7 +236,9 @@ __all__ = [
     "GatedAttention",
     "GatedDeltaNet",
     "GatedLinearAttention",
+    "GatedManhattanAttention",
     "GatedPositionalAttention",
+    "GatedSwinRMTBlock",
     "GeneralizedLinearAttention",
     "HardAttention",
     "HeadEmbeddingAttention",

@@ -60,11 +60,15 @@ class ManhattanAttention(nnx.Module):
 
     def __call__(self, x):
         v = self.value(x)
+        return self.out(self._attend(x, v) + self.local(v))
+
+    def _attend(self, x, v, **options):
+        """The heads side by side; `options` are those of `ops.manhattan_attention`."""
         q, k, heads = (split_heads(y, self.num_heads) for y in (self.query(x), self.key(x), v))
         q, k = (self._rotated(y) for y in (q, k))
         decay = ops.manhattan_decay(self.num_heads, initial=self.initial, spread=self.spread)
-        y = ops.manhattan_attention(q, k, heads, decay, decomposed=self.decomposed)
-        return self.out(y.reshape(x.shape) + self.local(v))
+        y = ops.manhattan_attention(q, k, heads, decay, decomposed=self.decomposed, **options)
+        return y.reshape(x.shape)
 
     def _rotated(self, x):
         batch, rows, columns = x.shape[:3]
@@ -126,3 +130,80 @@ class RMTBlock(nnx.Module):
     def _mlp(self, x):
         hidden = jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)
         return self.down(hidden + self.local(hidden))
+
+
+class GatedManhattanAttention(ManhattanAttention):
+    """Manhattan attention within windows, with a gate of the input on its output or its values.
+
+        retention:  y = W_o((attention(R q, R k, v) + dw5x5(v)) * sigmoid(x W_g))
+        swat:       y = W_o(rms_norm(sigmoid_attention(R q, R k, (x W_v) * silu(x W_g))))
+
+    The scores of "swat" also rise or fall along a line, by 2^-m a place in one half of the heads
+    and by -2^-m in the other, m counting the heads of a half from 1.
+
+    Args:
+      width, num_heads, initial, spread, rope_base: as in `ManhattanAttention`.
+      variant: "retention" or "swat".
+      window: places attend within squares of that side.
+      shift: where the first whole square begins; usually 0 in one block and `window // 2` in the
+        next.
+      attention: other keywords of `ManhattanAttention`, and of `Build`.
+
+    Raises:
+      ValueError: if the variant is unknown.
+
+    Source: Gated-SwinRMT, 2026, arXiv 2604.06014.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        variant: str = "retention",
+        window: int = 7,
+        shift: int = 0,
+        **attention: Any,
+    ):
+        if variant not in ("retention", "swat"):
+            raise ValueError(f"variant must be 'retention' or 'swat', got {variant!r}")
+        super().__init__(width, **attention)
+        build = Build.of(attention)
+        self.variant, self.window, self.shift = variant, window, shift
+        self.gate = build.linear(width, width, True)
+        self.norm = nnx.data(None)
+        if variant == "swat":
+            self.local, self.norm = nnx.data(None), build.rms_norm(width)
+
+    def __call__(self, x):
+        v, gate, squares = self.value(x), self.gate(x), {"window": self.window, "shift": self.shift}
+        if self.variant == "retention":
+            y = self._attend(x, v, **squares) + self.local(v)
+            return self.out(y * jax.nn.sigmoid(gate))
+        first = (self.num_heads + 1) // 2
+        slopes = jnp.exp2(-1.0 - jnp.arange(first))
+        slopes = jnp.concatenate([slopes, -slopes[: self.num_heads - first]])
+        v = v * jax.nn.silu(gate)
+        y = self._attend(x, v, activation="sigmoid", slopes=slopes, **squares)
+        return self.out(self.norm(y))
+
+
+class GatedSwinRMTBlock(nnx.Module):
+    """A block of Gated-SwinRMT on images: `x += attention(norm(x)); x += mlp(norm(x))`.
+
+    Args:
+      width: C of the images `[B, Y, X, C]`.
+      mlp_ratio: the width of the gelu MLP over C.
+      attention: keywords of `GatedManhattanAttention`, and of `Build`.
+
+    Source: Gated-SwinRMT, 2026, arXiv 2604.06014.
+    """
+
+    def __init__(self, width: int, *, mlp_ratio: float = 4.0, **attention: Any):
+        build, hidden = Build.of(attention), round(width * mlp_ratio)
+        self.mixer_norm, self.mlp_norm = (build.layer_norm(width) for _ in range(2))
+        self.mixer = GatedManhattanAttention(width, **attention)
+        self.up, self.down = build.linear(width, hidden, True), build.output(hidden, width, True)
+
+    def __call__(self, x):
+        x = x + self.mixer(self.mixer_norm(x))
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False))

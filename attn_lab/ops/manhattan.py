@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from attn_kernels import attention as engine
-from attn_kernels.attention import Pointwise, ScoreMod, operand
+from attn_kernels.attention import Mask, Pointwise, ScoreMod, operand
+from attn_lab.ops.grids import product_mask
+from attn_lab.ops.predicates import Blocks
 
 __all__ = ["decomposed_manhattan_attention", "manhattan_attention", "manhattan_decay"]
 
@@ -23,6 +25,8 @@ def manhattan_attention(
     activation: str = "softmax",
     slopes: jax.Array | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    shift: int = 0,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention between the places of a grid, decaying with the Manhattan distance d of a pair.
@@ -42,13 +46,16 @@ def manhattan_attention(
       activation: "softmax" or "sigmoid".
       slopes: `[H]`, by default 0; for "sigmoid" only.
       scale: by default `1 / sqrt(D)`.
+      window: places attend only within their square of that many rows and columns; squares at the
+        border may be cut. None is the whole grid.
+      shift: where the first whole square begins, on both axes.
       implementation: of the engine: see `attn_kernels.attention.attention`.
 
     Returns:
       `[B, Y, X, H, Dv]` in the dtype of v.
 
     Raises:
-      ValueError: if shapes do not fit, or the activation is unknown.
+      ValueError: if shapes do not fit, the activation is unknown, or the window is not positive.
 
     Source: Fan et al., RMT, 2023, arXiv 2309.11523; sigmoid: Gated-SwinRMT, 2026, arXiv 2604.06014.
     """
@@ -65,12 +72,17 @@ def manhattan_attention(
         if x.shape != (heads,):
             raise ValueError(f"{name} must be [H] = {[heads]}, got {list(x.shape)}")
     operands = tuple(operand(x, "h") for x in parts)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    line = None if window is None else Mask(Blocks(window, shift))
+    grid = None if window is None else product_mask(line, line, shape=q.shape[1:3])
 
     def attend(q, k, v, columns):
         """Over the third axis from the end, all before it being apart."""
         lines = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
         out = engine.attention(
             *lines,
+            mask=grid if columns > 1 else line,
             score_mod=ScoreMod(_Decay(columns, activation == "sigmoid"), operands),
             normalizer=ACTIVATIONS[activation],
             scale=scale,

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from attn_lab import ops
-from attn_lab.nn import ManhattanAttention, RMTBlock
+from attn_lab.nn import GatedManhattanAttention, GatedSwinRMTBlock, ManhattanAttention, RMTBlock
 
 SMALL = dict(num_heads=2, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.normal(0.5))
 
@@ -80,3 +80,36 @@ def test_bfloat16_and_errors():
     assert block(images().astype(jnp.bfloat16)).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="num_heads=2 must leave an even dimension"):
         RMTBlock(6, **SMALL)
+
+
+@pytest.mark.parametrize("variant", ["retention", "swat"])
+def test_gated_windows(variant):
+    """Nothing leaves a window but by the convolution, and a closed gate leaves the residual."""
+    x = images(6, 6)
+    block = GatedSwinRMTBlock(8, variant=variant, window=3, shift=1, mlp_ratio=1, **SMALL)
+    grads = nnx.jit(nnx.grad(lambda block: jnp.sum(jnp.sin(block(x)))))(block)
+    for path, grad in nnx.to_flat_state(grads):
+        assert jnp.isfinite(grad[...]).all(), path
+        assert (grad[...] != 0).any() or path[-2:] == ("key", "bias"), path
+    mixer = block.mixer
+    if variant == "retention":
+        mixer.local.kernel[...] = jnp.zeros_like(mixer.local.kernel[...])
+    slopes = nnx.jit(lambda m, x: jax.jacrev(lambda x: m(x)[0, 2, 2].sum())(x))(mixer, x)
+    assert (slopes[0, 1:4, 1:4] != 0).any(-1).all()
+    inside = jnp.zeros((6, 6), bool).at[1:4, 1:4].set(True)
+    assert (slopes[0, ~inside] == 0).all()
+    gate = mixer.gate
+    gate.kernel[...], gate.bias[...] = 0 * gate.kernel[...], 0 * gate.bias[...] - 1e4
+    close(mixer(x), jnp.broadcast_to(mixer.out.bias[...], x.shape))
+
+
+def test_a_window_as_large_as_the_grid_is_none():
+    plain = GatedManhattanAttention(8, window=4, **SMALL)
+    x = images()
+    v = plain.value(x)
+    y = plain._attend(x, v) + plain.local(v)
+    close(plain(x), plain.out(y * jax.nn.sigmoid(plain.gate(x))))
+    with pytest.raises(ValueError, match="variant must be 'retention' or 'swat'"):
+        GatedManhattanAttention(8, variant="both", **SMALL)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        GatedManhattanAttention(8, window=0, **SMALL)(x)
