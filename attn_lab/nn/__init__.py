@@ -40,7 +40,6 @@ from attn_lab.nn.lean import (
     SimilaritySelfAttention,
 )
 from attn_lab.nn.linear_kernels import (
-    DyDiLA,
     FastmaxAttention,
     LogNormalAttention,
     LogNormalDiagAttention,
@@ -99,6 +98,7 @@ from attn_lab.nn.scores import (
     RelativeBiasAttention,
     SelectiveAttention,
 )
+from attn_lab.nn.sharpened import DyDiLA
 from attn_lab.nn.sparse_state import SSE
 from attn_lab.nn.state_space import Mamba2
 from attn_lab.nn.transnormer import DiagAttention, NormAttention, SimpleGLU, TransNormerMixer

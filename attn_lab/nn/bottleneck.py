@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_lab import ops
+from attn_lab.nn.bidirectional import BidirectionalMixer
 from attn_lab.nn.layers import Build, Mixer, divide, split_heads
-from attn_lab.nn.linear_vision import BidirectionalMixer
 from attn_lab.ops.running import LOWEST
 
 

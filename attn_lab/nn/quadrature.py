@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_lab import ops
+from attn_lab.nn.bidirectional import BidirectionalMixer
 from attn_lab.nn.layers import Build, divide, split_heads
-from attn_lab.nn.linear_vision import BidirectionalMixer
 
 NORMED = {"galerkin": "kv", "linear": "kv", "fourier": "qk", "softmax": "qk"}
 
