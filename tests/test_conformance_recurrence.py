@@ -51,7 +51,7 @@ def runner(row, **options):
     @jax.jit
     def run(arrays, state=None):
         start = {} if state is None else {"initial_state": state}
-        return row.call(arrays, causal=True, return_state=True, **start, **options)
+        return row.call(arrays | start, causal=True, return_state=True, **options)
 
     return run
 

@@ -10,6 +10,7 @@ from attn_lab.catalogue import (
     linear_states,
     linear_weights,
     masks,
+    memories,
     normalizers,
     positions,
     recurrence,
@@ -28,6 +29,7 @@ CATALOGUE: tuple[Mechanism, ...] = (
     *linear_weights.ROWS,
     *linear_kernels.ROWS,
     *linear_states.ROWS,
+    *memories.ROWS,
     *masks.ROWS,
     *positions.ROWS,
 )

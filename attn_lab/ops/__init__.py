@@ -18,6 +18,7 @@ from attn_lab.ops.linear_weights import *
 from attn_lab.ops.local import *
 from attn_lab.ops.manhattan import *
 from attn_lab.ops.masks import *
+from attn_lab.ops.memory import *
 from attn_lab.ops.normalizers import *
 from attn_lab.ops.normed import *
 from attn_lab.ops.pairs import *
