@@ -4,6 +4,7 @@ from attn_lab.models.decoder import DecoderLM, count_parameters
 from attn_lab.models.generate import generate
 from attn_lab.models.parity import first_logit, parity_logit
 from attn_lab.models.schedule import layer_schedule
+from attn_lab.models.titans import Titans
 from attn_lab.models.transnormer import TransNormer, TransNormerLLM
 from attn_lab.models.vision import CCT, CVT, CompactTransformer, ViTLite
 
@@ -12,6 +13,7 @@ __all__ = [
     "CVT",
     "CompactTransformer",
     "DecoderLM",
+    "Titans",
     "TransNormer",
     "TransNormerLLM",
     "ViTLite",

@@ -56,7 +56,7 @@ class DecoderLM(nnx.Module):
       vocab_size: V.
       width: of the residual stream.
       num_layers: L.
-      mixers: a name in `attn_lab.nn.MIXERS`, or one for each layer.
+      mixers: a name in `attn_lab.nn.MIXERS`, or one, or a class, for each layer.
       mixer_args: keywords of the mixers: one mapping, or one for each layer. Mixers that take
         their layer's `depth`, `num_layers` or the training length `context` get them.
       mlp: "gelu", "swiglu", "glu" (without an activation), "identity" (the residual adds the norm
@@ -87,7 +87,7 @@ class DecoderLM(nnx.Module):
         vocab_size: int,
         width: int,
         num_layers: int,
-        mixers: str | Sequence[str] = "dot_product_attention",
+        mixers: str | Sequence[str | type[Mixer]] = "dot_product_attention",
         mixer_args: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         mlp: str | None = "gelu",
         mlp_ratio: float = 4.0,

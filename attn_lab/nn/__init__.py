@@ -58,6 +58,7 @@ from attn_lab.nn.manhattan import (
     ManhattanAttention,
     RMTBlock,
 )
+from attn_lab.nn.memory import NeuralMemory
 from attn_lab.nn.normalizers import (
     ClippedSoftmaxAttention,
     ComplexAttention,
@@ -101,6 +102,7 @@ from attn_lab.nn.scores import (
 from attn_lab.nn.sharpened import DyDiLA
 from attn_lab.nn.sparse_state import SSE
 from attn_lab.nn.state_space import Mamba2
+from attn_lab.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer, MemoryMixer
 from attn_lab.nn.transnormer import DiagAttention, NormAttention, SimpleGLU, TransNormerMixer
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -167,23 +169,26 @@ MIXERS: dict[str, type[Mixer]] = {
     "galerkin_attention": GalerkinAttention,
     "latte_attention": Latte,
     "linformer_attention": Linformer,
+    "neural_memory_mlp": NeuralMemory,
     "base_conv": BaseConv,
 }
 
 
-def find_mixer(name: str) -> type[Mixer]:
-    """The module called `name`, under the operator's name in the catalogue.
+def find_mixer(name: str | type[Mixer]) -> type[Mixer]:
+    """The module called `name`, under the operator's name in the catalogue; a class is itself.
 
     Raises:
       ValueError: if there is none; it lists the names.
     """
+    if isinstance(name, type):
+        return name
     if name not in MIXERS:
         raise ValueError(f"mixer {name!r} is unknown; choose one of {', '.join(MIXERS)}")
     return MIXERS[name]
 
 
 def make_mixer(
-    name: str, width: int, arguments: Mapping[str, Any], build: Build, **offered: Any
+    name: str | type[Mixer], width: int, arguments: Mapping[str, Any], build: Build, **offered: Any
 ) -> Mixer:
     """The mixer called `name` with its arguments, and of what is offered what it takes.
 
@@ -201,7 +206,7 @@ def make_mixer(
     unknown = sorted(set(arguments) - known)
     if unknown:
         raise ValueError(f"mixer {name!r} takes no {', '.join(unknown)}; it takes {sorted(known)}")
-    offered = {name: value for name, value in offered.items() if name in known}
+    offered = {key: value for key, value in offered.items() if key in known - set(kind.own)}
     return kind(width, **vars(build), **(offered | arguments))
 
 
@@ -261,6 +266,10 @@ __all__ = [
     "Mamba2",
     "ManhattanAttention",
     "MatrixStateMixer",
+    "MemoryAsContext",
+    "MemoryAsGate",
+    "MemoryAsLayer",
+    "MemoryMixer",
     "Mixer",
     "MixtureOfAttentiveExperts",
     "MixtureOfHeads",
@@ -268,6 +277,7 @@ __all__ = [
     "MultiHeadLatentAttention",
     "MultiScaleRetention",
     "MultiTokenAttention",
+    "NeuralMemory",
     "NormAttention",
     "NormAwareAttention2d",
     "NormalizedAttention",

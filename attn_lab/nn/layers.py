@@ -92,10 +92,12 @@ class Mixer(nnx.Module):
     Attributes:
       decodes: whether it has a causal form, and so a cache.
       packs: whether it keeps segments apart; if not, `segment_ids` raise ValueError.
+      own: keywords with a meaning of their own, which a model does not fill in.
     """
 
     decodes = True
     packs = True
+    own: tuple[str, ...] = ()
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> Any:
         """What decoding `batch` sequences of at most `length` tokens keeps: a pytree of arrays."""
@@ -219,7 +221,7 @@ def _shifted_window(back: int) -> Callable[..., jax.Array]:
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """`[B, T, heads * D]` to `[B, T, heads, D]`."""
-    return x.reshape(*x.shape[:-1], heads, -1)
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def divide(width: int, num_heads: int, what: str = "width") -> int:

@@ -47,6 +47,7 @@ DEFAULTS = {
     "gated_delta_rule": {"num_heads": 4},
     "linformer_attention": {"proj_len": 4},
     "kv_gated_linear_attention": {"num_tokens": 9, "grid": (2, 3)},
+    "neural_memory_mlp": {"chunk_size": 3},
     "ssd": {"d_state": 6, "headdim": 8},
 }
 WITHOUT_EFFECT = {("mlp_score_attention", "network", 2, "bias")}  # a constant in a softmax

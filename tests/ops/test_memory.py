@@ -45,8 +45,8 @@ def token_by_token(q, k, v, lr, momentum, decay, weights, chunk_size):
     return jnp.stack(out), weights, past
 
 
-@settings(max_examples=4, deadline=None)
-@given(length=st.integers(1, 8), chunk_size=st.integers(1, 9))
+@settings(max_examples=3, deadline=None)
+@given(length=st.integers(1, 6), chunk_size=st.integers(1, 7))
 def test_networks_follow_the_rule_of_the_card(length, chunk_size):
     """With the written gradient and with autodiff's, to the state."""
     with jax.enable_x64(True):
@@ -56,7 +56,7 @@ def test_networks_follow_the_rule_of_the_card(length, chunk_size):
         got = ops.neural_memory_mlp(*arrays, *weights, **part)
         close(ops.neural_memory(*arrays, weights, apply_fn=mlp, **part), got)
         one = [x[1, :, 1] for x in arrays]
-        want = token_by_token(*one, [w[1] for w in weights], chunk_size)
+        want = jax.jit(token_by_token, static_argnums=7)(*one, [w[1] for w in weights], chunk_size)
         out, state = got
         here = (out[1, :, 1], *([w[1, 1] for w in x] for x in (state.memory, state.momentum)))
         close(here, want)
@@ -99,18 +99,19 @@ def test_gradients_are_finite_and_exact_where_nothing_is_kept(x64):
     arrays = jax.tree.map(lambda x: x.astype(float), tokens(5))
     start = jnp.ones((B, H, D, D))
 
-    def loss(rates, chunk_size):
-        out = ops.neural_memory_linear(*arrays[:4], *rates, start, chunk_size=chunk_size)
+    @jax.jit
+    def loss(rates):
+        out = ops.neural_memory_linear(*arrays[:4], *rates, start, chunk_size=4)
         return jnp.sum(jnp.sin(out))
 
     rates = jnp.zeros((B, 5, H)), jnp.ones((B, 5, H))
-    rule = jax.jit(jax.grad(loss), static_argnums=1)(rates, 4)
+    rule = jax.grad(loss)(rates)
     for n in range(2):
         for place in (0, 1, 0), (1, 4, 1):
             moved = [
                 [r.at[place].add(e * (m == n)) for m, r in enumerate(rates)] for e in (1e-5, -1e-5)
             ]
-            slope = (loss(moved[0], 4) - loss(moved[1], 4)) / 2e-5
+            slope = (loss(moved[0]) - loss(moved[1])) / 2e-5
             np.testing.assert_allclose(rule[n][place], slope, rtol=1e-6, atol=1e-8)
 
 
