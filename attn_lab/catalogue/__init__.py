@@ -5,6 +5,7 @@
 
 from attn_lab.catalogue import (
     attention,
+    attention_free,
     heads,
     linear_kernels,
     linear_states,
@@ -30,6 +31,7 @@ CATALOGUE: tuple[Mechanism, ...] = (
     *linear_kernels.ROWS,
     *linear_states.ROWS,
     *memories.ROWS,
+    *attention_free.ROWS,
     *masks.ROWS,
     *positions.ROWS,
 )

@@ -1,5 +1,6 @@
 """Mechanisms as pure functions: arrays in, arrays out."""
 
+from attn_lab.ops.associative import *
 from attn_lab.ops.attention import *
 from attn_lab.ops.biases import *
 from attn_lab.ops.bottleneck import *
@@ -8,6 +9,8 @@ from attn_lab.ops.decays import *
 from attn_lab.ops.differential import *
 from attn_lab.ops.eviction import *
 from attn_lab.ops.filters import *
+from attn_lab.ops.gated_units import *
+from attn_lab.ops.grassmann import *
 from attn_lab.ops.grids import *
 from attn_lab.ops.heads import *
 from attn_lab.ops.kernel_maps import *
@@ -30,6 +33,7 @@ from attn_lab.ops.relations import *
 from attn_lab.ops.running import *
 from attn_lab.ops.scores import *
 from attn_lab.ops.selection import *
+from attn_lab.ops.selective import *
 from attn_lab.ops.sharpened import *
 from attn_lab.ops.sparse_state import *
 from attn_lab.ops.vision import *

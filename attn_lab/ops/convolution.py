@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-__all__ = ["base_conv", "long_conv", "short_conv"]
+__all__ = ["base_conv", "h3", "hyena", "long_conv", "short_conv"]
 
 
 def short_conv(
@@ -118,6 +118,98 @@ def base_conv(
         raise ValueError(f"proj_kernel must be {list(2 * x.shape[2:])}, got {proj_kernel.shape}")
     y = short_conv(x, conv_kernel, conv_bias) * (x @ proj_kernel + proj_bias) + x
     return y.astype(x.dtype)
+
+
+def h3(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    shift_kernel: jax.Array,
+    shift_skip: jax.Array,
+    diag_kernel: jax.Array,
+    diag_skip: jax.Array,
+    *,
+    form: str = "fft",
+) -> jax.Array:
+    """Two long convolutions with gates between, which compare keys across time.
+
+        k' = shift_kernel * k + shift_skip k,  y_t = (S_t)^T q_t,
+        S = diag_kernel * (k' v^T) + diag_skip (k' v^T)
+
+    with causal convolutions in time and outer products of the channels of a head. At D = 1 channel
+    a head that is `y = q (diag_kernel * (k' v) + diag_skip k' v)`.
+
+    Args:
+      q, k, v: `[B, T, C]`.
+      shift_kernel, shift_skip: `[C, L]` and `[C]`.
+      diag_kernel, diag_skip: `[H, L]` and `[H]`, of every head; C = H D.
+      form: of the convolutions, as in `long_conv`.
+
+    Returns:
+      `[B, T, C]` in the dtype of v.
+
+    Raises:
+      ValueError: if shapes do not fit.
+
+    Source: Fu et al., 2022, arXiv 2212.14052.
+    """
+    _check_input(v)
+    heads = len(diag_kernel)
+    if q.shape != v.shape or k.shape != v.shape or not heads or v.shape[2] % heads:
+        raise ValueError(
+            "q, k and v must be [B, T, C] and diag_kernel [H, L] with H dividing C, got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)} and {list(diag_kernel.shape)}"
+        )
+    wide = jnp.result_type(q, k, v, shift_kernel, diag_kernel, jnp.float32)
+    q, k, out = q.astype(wide), k.astype(wide), v.astype(wide)
+    pairs = outer_pairs(long_conv(k, shift_kernel, shift_skip, form=form), out, heads)
+    each = pairs.shape[-1] // heads
+    kernel, skip = jnp.repeat(diag_kernel, each, 0), jnp.repeat(diag_skip, each)
+    return read_pairs(q, long_conv(pairs, kernel, skip, form=form), heads).astype(v.dtype)
+
+
+def outer_pairs(k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """`k v^T` of every head, `[B, T, H D D]`."""
+    k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (k, v))
+    return (k[..., :, None] * v[..., None, :]).reshape(*k.shape[:2], -1)
+
+
+def read_pairs(q: jax.Array, pairs: jax.Array, heads: int) -> jax.Array:
+    """`(k v^T)^T q` of every head, `[B, T, C]`."""
+    q = q.reshape(*q.shape[:2], heads, -1, 1)
+    pairs = pairs.reshape(*q.shape[:-1], -1)
+    return (q * pairs).sum(-2).reshape(*q.shape[:2], -1)
+
+
+def hyena(
+    x1: jax.Array,
+    x2: jax.Array,
+    v: jax.Array,
+    kernel: jax.Array,
+    skip: jax.Array,
+    *,
+    form: str = "fft",
+) -> jax.Array:
+    """A long convolution gated before and after: `x2 (kernel * (x1 v) + skip x1 v)`.
+
+    Args:
+      x1, x2, v: `[B, T, C]`.
+      kernel, skip: `[C, L]` and `[C]`, as in `long_conv`.
+      form: as in `long_conv`.
+
+    Returns:
+      `[B, T, C]` in the dtype of v.
+
+    Raises:
+      ValueError: if shapes do not fit.
+
+    Source: Poli et al., Hyena Hierarchy, 2023, arXiv 2302.10866.
+    """
+    _check_input(v)
+    if x1.shape != v.shape or x2.shape != v.shape:
+        raise ValueError(f"x1, x2 and v must agree, got {x1.shape}, {x2.shape} and {v.shape}")
+    gated = x1.astype(jnp.result_type(x1, v, jnp.float32)) * v
+    return (x2 * long_conv(gated, kernel, skip, form=form)).astype(v.dtype)
 
 
 def _check_input(x):

@@ -1,0 +1,90 @@
+"""Mixing without attention: the planes that tokens span with earlier ones."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["grassmann_mixing", "plucker_coordinates"]
+
+
+def plucker_coordinates(a: jax.Array, b: jax.Array, *, eps: float = 1e-8) -> jax.Array:
+    """The plane that two vectors span, as unit Pluecker coordinates: `p_ij = a_i b_j - a_j b_i`.
+
+    Parallel vectors span none and give 0.
+
+    Args:
+      a, b: `[..., r]`.
+      eps: p is divided by its norm, or by this if that is larger.
+
+    Returns:
+      `[..., r (r - 1) / 2]`, the pairs i < j in order of i, then j.
+
+    Raises:
+      ValueError: if r differs or is less than 2.
+
+    Source: arXiv 2512.19428, 2025.
+    """
+    dim = a.shape[-1]
+    if b.shape[-1] != dim or dim < 2:
+        raise ValueError(f"a and b must be [..., r] with r > 1, got {a.shape} and {b.shape}")
+    i, j = np.triu_indices(dim, 1)
+    wide = jnp.result_type(a, b, jnp.float32)
+    x, y = a.astype(wide), b.astype(wide)
+    p = x[..., i] * y[..., j] - x[..., j] * y[..., i]
+    square = jnp.sum(p**2, -1, keepdims=True)
+    return (p / jnp.sqrt(jnp.maximum(square, eps**2))).astype(jnp.result_type(a, b))
+
+
+def grassmann_mixing(
+    h: jax.Array,
+    w_red: jax.Array,
+    b_red: jax.Array,
+    w_plu: jax.Array,
+    b_plu: jax.Array,
+    w_gate: jax.Array,
+    b_gate: jax.Array,
+    *,
+    offsets: Sequence[int] = (1, 2, 4, 8, 12, 16),
+    eps: float = 1e-8,
+) -> jax.Array:
+    """Gates into every token the planes that it spans with some earlier ones: `a h + (1 - a) g`.
+
+    With `z = h w_red + b_red`, g the mean over the offsets d <= t, 0 if there are none:
+
+        g_t = mean_d plucker(z_t, z_{t-d}) w_plu + b_plu,  a_t = sigmoid([h_t, g_t] w_gate + b_gate)
+
+    Args:
+      h: `[B, T, C]`.
+      w_red, b_red: `[C, r]` and `[r]`.
+      w_plu, b_plu: `[r (r - 1) / 2, C]` and `[C]`.
+      w_gate, b_gate: `[2C, C]` and `[C]`.
+      offsets: distances back, positive.
+      eps: as in `plucker_coordinates`.
+
+    Returns:
+      `[B, T, C]` in the dtype of h.
+
+    Raises:
+      ValueError: if shapes do not fit or an offset is not positive.
+
+    Source: arXiv 2512.19428, 2025.
+    """
+    if h.ndim != 3 or not h.shape[1]:
+        raise ValueError(f"h must be [B, T, C], got {list(h.shape)}")
+    if not offsets or min(offsets) < 1:
+        raise ValueError(f"offsets must be positive, at least one, got {tuple(offsets)}")
+    length = h.shape[1]
+    wide = h.astype(jnp.result_type(h, w_red, jnp.float32))
+    z = wide @ w_red + b_red
+    padded = jnp.pad(z, ((0, 0), (max(offsets), 0), (0, 0)))
+    starts = [max(offsets) - d for d in offsets if d < length]
+    # before the start there is 0, which spans no plane
+    planes = sum(plucker_coordinates(z, padded[:, s : s + length], eps=eps) for s in starts)
+    count = (jnp.arange(length)[:, None] >= jnp.array(offsets)).sum(-1, keepdims=True)
+    mean = planes / jnp.maximum(count, 1)
+    g = jnp.where(count > 0, mean @ w_plu + b_plu if starts else b_plu, 0)
+    g = jnp.broadcast_to(g, wide.shape)
+    a = jax.nn.sigmoid(jnp.concatenate([wide, g], -1) @ w_gate + b_gate)
+    return (a * wide + (1 - a) * g).astype(h.dtype)
