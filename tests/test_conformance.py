@@ -118,7 +118,7 @@ def test_derivatives_of_gradients_are_those_of_the_definition(row, small_tiles, 
 def test_shapes_and_finite_gradients(row, causal, sizes):
     sizes, causal = row.fit(sizes), row.causal[causal]
     got = run(row, example(row, sizes), causal, {})
-    flat = row.arguments.get("x", ("", ""))[1] == "BTD"
+    flat = any(row.arguments.get(name, ("", ""))[1] == "BTD" for name in "xv")
     channels = (sizes.D,) if flat else (sizes.H, sizes.V)
     wanted = sizes.B, sizes.T, *channels
     assert got["out"].shape == wanted

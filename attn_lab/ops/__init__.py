@@ -21,7 +21,9 @@ from attn_lab.ops.linear_weights import *
 from attn_lab.ops.local import *
 from attn_lab.ops.manhattan import *
 from attn_lab.ops.masks import *
+from attn_lab.ops.mega import *
 from attn_lab.ops.memory import *
+from attn_lab.ops.moving_average import *
 from attn_lab.ops.normalizers import *
 from attn_lab.ops.normed import *
 from attn_lab.ops.pairs import *
@@ -31,6 +33,7 @@ from attn_lab.ops.quadrature import *
 from attn_lab.ops.regression import *
 from attn_lab.ops.relations import *
 from attn_lab.ops.running import *
+from attn_lab.ops.rwkv import *
 from attn_lab.ops.scores import *
 from attn_lab.ops.selection import *
 from attn_lab.ops.selective import *
