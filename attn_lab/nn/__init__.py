@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from attn_lab.nn.associative import GAMBlock, GatedAssociativeMemory
 from attn_lab.nn.attention import (
     DifferentialAttention,
     GatedAttention,
@@ -18,12 +19,14 @@ from attn_lab.nn.bidirectional import (
 )
 from attn_lab.nn.bottleneck import Latte, Linformer
 from attn_lab.nn.conversion import decouple_heads, group_heads
-from attn_lab.nn.convolution import BaseConv
+from attn_lab.nn.convolution import BaseConv, LongConv, LongFilter
 from attn_lab.nn.cross import LuongAttention, PredictedCenter, SkimAttention, SkimLayer
 from attn_lab.nn.documents import ChunkedEncoder, KernelPooling
 from attn_lab.nn.filters import AdaptiveFilterAttention
 from attn_lab.nn.flow import FlowAttention
 from attn_lab.nn.gated_linear import GatedLinearAttention, ReGLA
+from attn_lab.nn.gated_units import GatedAttentionUnit, MossFormerBlock
+from attn_lab.nn.grassmann import GrassmannMixing
 from attn_lab.nn.heads import (
     DecoupledHeadAttention,
     DifferentialQKVAttention,
@@ -31,6 +34,7 @@ from attn_lab.nn.heads import (
     MixtureOfAttentiveExperts,
     MixtureOfHeads,
 )
+from attn_lab.nn.hyena import H3, Hyena
 from attn_lab.nn.latent import CompressedConvolutionalAttention, MultiHeadLatentAttention
 from attn_lab.nn.layers import Build, Mixer, ShortConv, dropout, l2_norm
 from attn_lab.nn.lean import (
@@ -99,6 +103,7 @@ from attn_lab.nn.scores import (
     RelativeBiasAttention,
     SelectiveAttention,
 )
+from attn_lab.nn.selective import SelectiveLookupAttention
 from attn_lab.nn.sharpened import DyDiLA
 from attn_lab.nn.sparse_state import SSE
 from attn_lab.nn.state_space import Mamba2
@@ -171,6 +176,12 @@ MIXERS: dict[str, type[Mixer]] = {
     "linformer_attention": Linformer,
     "neural_memory_mlp": NeuralMemory,
     "base_conv": BaseConv,
+    "h3": H3,
+    "hyena": Hyena,
+    "selective_lookup": SelectiveLookupAttention,
+    "grassmann_mixing": GrassmannMixing,
+    "gated_associative_memory": GatedAssociativeMemory,
+    "mixed_chunk_attention": GatedAttentionUnit,
 }
 
 
@@ -211,6 +222,7 @@ def make_mixer(
 
 
 __all__ = [
+    "H3",
     "MIXERS",
     "SSE",
     "AdaptiveFilterAttention",
@@ -237,16 +249,21 @@ __all__ = [
     "EntmaxAttention",
     "FastmaxAttention",
     "FlowAttention",
+    "GAMBlock",
     "GalerkinAttention",
+    "GatedAssociativeMemory",
     "GatedAttention",
+    "GatedAttentionUnit",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedManhattanAttention",
     "GatedPositionalAttention",
     "GatedSwinRMTBlock",
     "GeneralizedLinearAttention",
+    "GrassmannMixing",
     "HardAttention",
     "HeadEmbeddingAttention",
+    "Hyena",
     "KernelPooling",
     "LINAAttention",
     "Latte",
@@ -258,6 +275,8 @@ __all__ = [
     "LocalLinearAttention",
     "LogNormalAttention",
     "LogNormalDiagAttention",
+    "LongConv",
+    "LongFilter",
     "LongShortAttention",
     "LowRankAttentionPooling",
     "LuongAttention",
@@ -273,6 +292,7 @@ __all__ = [
     "Mixer",
     "MixtureOfAttentiveExperts",
     "MixtureOfHeads",
+    "MossFormerBlock",
     "MultiHeadAttention",
     "MultiHeadLatentAttention",
     "MultiScaleRetention",
@@ -290,6 +310,7 @@ __all__ = [
     "RelativeBiasAttention",
     "ReluAttention",
     "SelectiveAttention",
+    "SelectiveLookupAttention",
     "SelfGatedPooling",
     "ShortConv",
     "SigmoidAttention",

@@ -42,6 +42,18 @@ def gated_associative_memory(
     Source: arXiv 2509.00605, 2025.
     """
     local = short_conv(x, conv_kernel, conv_bias)
+    return join_memory(local, x, memory, gate_kernel, gate_bias, implementation)
+
+
+def join_memory(
+    local: jax.Array,
+    x: jax.Array,
+    memory: jax.Array,
+    gate_kernel: jax.Array,
+    gate_bias: jax.Array,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`gated_associative_memory` of a convolution that is done, `[B, T, C]`."""
     channels = x.shape[-1]
     wanted = (channels, 2 * channels)
     if memory.ndim != 2 or memory.shape[1] != channels or gate_kernel.shape != wanted:
@@ -51,6 +63,5 @@ def gated_associative_memory(
         )
     tokens, bank = x.reshape(1, -1, 1, channels), memory[None, :, None].astype(x.dtype)
     glob = dot_product_attention(tokens, bank, bank, scale=1.0, implementation=implementation)
-    gates = jax.nn.sigmoid(x @ gate_kernel + gate_bias)
-    a, b = jnp.split(gates, 2, -1)
+    a, b = jnp.split(jax.nn.sigmoid(x @ gate_kernel + gate_bias), 2, -1)
     return (a * local + b * glob.reshape(x.shape)).astype(x.dtype)

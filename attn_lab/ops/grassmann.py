@@ -75,16 +75,39 @@ def grassmann_mixing(
         raise ValueError(f"h must be [B, T, C], got {list(h.shape)}")
     if not offsets or min(offsets) < 1:
         raise ValueError(f"offsets must be positive, at least one, got {tuple(offsets)}")
-    length = h.shape[1]
     wide = h.astype(jnp.result_type(h, w_red, jnp.float32))
     z = wide @ w_red + b_red
-    padded = jnp.pad(z, ((0, 0), (max(offsets), 0), (0, 0)))
-    starts = [max(offsets) - d for d in offsets if d < length]
-    # before the start there is 0, which spans no plane
-    planes = sum(plucker_coordinates(z, padded[:, s : s + length], eps=eps) for s in starts)
-    count = (jnp.arange(length)[:, None] >= jnp.array(offsets)).sum(-1, keepdims=True)
-    mean = planes / jnp.maximum(count, 1)
-    g = jnp.where(count > 0, mean @ w_plu + b_plu if starts else b_plu, 0)
-    g = jnp.broadcast_to(g, wide.shape)
-    a = jax.nn.sigmoid(jnp.concatenate([wide, g], -1) @ w_gate + b_gate)
-    return (a * wide + (1 - a) * g).astype(h.dtype)
+    seen = jnp.pad(z, ((0, 0), (max(offsets), 0), (0, 0)))
+    valid = jnp.arange(h.shape[1])[:, None] >= jnp.array(offsets)
+    g = mean_plane(seen, valid, offsets, w_plu, b_plu, eps)
+    return gate_in(wide, g, w_gate, b_gate).astype(h.dtype)
+
+
+def mean_plane(
+    seen: jax.Array,
+    valid: jax.Array,
+    offsets: Sequence[int],
+    w_plu: jax.Array,
+    b_plu: jax.Array,
+    eps: float = 1e-8,
+) -> jax.Array:
+    """The mean over offsets of the projected planes of tokens and earlier ones.
+
+    Args:
+      seen: reduced tokens `[B, P + T, r]`, of which the first P, the largest offset, are past.
+      valid: bool `[T, n]` or `[B, T, n]`, for every offset whether it counts.
+    """
+    past = max(offsets)
+    z, length = seen[:, past:], seen.shape[1] - past
+    planes = 0
+    for n, d in enumerate(offsets):
+        plane = plucker_coordinates(z, seen[:, past - d : past - d + length], eps=eps)
+        planes += jnp.where(valid[..., n, None], plane, 0)
+    count = valid.sum(-1, keepdims=True)
+    return jnp.where(count > 0, planes / jnp.maximum(count, 1) @ w_plu + b_plu, 0)
+
+
+def gate_in(h: jax.Array, g: jax.Array, w_gate: jax.Array, b_gate: jax.Array) -> jax.Array:
+    """`a h + (1 - a) g` with `a = sigmoid([h, g] w_gate + b_gate)`."""
+    a = jax.nn.sigmoid(jnp.concatenate([h, g], -1) @ w_gate + b_gate)
+    return a * h + (1 - a) * g
