@@ -63,6 +63,7 @@ from attn_lab.nn.manhattan import (
     RMTBlock,
 )
 from attn_lab.nn.memory import NeuralMemory
+from attn_lab.nn.moving_average import MegaLayer, MegalodonAttention, MegalodonLayer
 from attn_lab.nn.normalizers import (
     ClippedSoftmaxAttention,
     ComplexAttention,
@@ -95,6 +96,7 @@ from attn_lab.nn.relations import (
     MultiTokenAttention,
     RelationalAttention,
 )
+from attn_lab.nn.rwkv import RWKVTimeMixing
 from attn_lab.nn.scores import (
     CosineAttention,
     GatedPositionalAttention,
@@ -176,6 +178,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "linformer_attention": Linformer,
     "neural_memory_mlp": NeuralMemory,
     "base_conv": BaseConv,
+    "mega": MegaLayer,
+    "megalodon": MegalodonAttention,
+    "wkv": RWKVTimeMixing,
     "h3": H3,
     "hyena": Hyena,
     "selective_lookup": SelectiveLookupAttention,
@@ -285,6 +290,9 @@ __all__ = [
     "Mamba2",
     "ManhattanAttention",
     "MatrixStateMixer",
+    "MegaLayer",
+    "MegalodonAttention",
+    "MegalodonLayer",
     "MemoryAsContext",
     "MemoryAsGate",
     "MemoryAsLayer",
@@ -304,6 +312,7 @@ __all__ = [
     "PredictedCenter",
     "QuantizableGate",
     "RMTBlock",
+    "RWKVTimeMixing",
     "ReGLA",
     "RectifiedLinearAttention",
     "RelationalAttention",

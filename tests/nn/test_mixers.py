@@ -43,6 +43,7 @@ CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("base_conv", {"activation": "silu"}),
     ("base_conv", {"kernel_size": -1}),
     ("h3", {"head_dim": 2, "d_state": 12}),
+    ("mega", {"chunk_size": 3, "attention": "laplace", "rel_pos": "rotary", "prenorm": False}),
     ("mixed_chunk_attention", {"group_size": None, "scale_std": 1.0}),
 ]
 DEFAULTS = {
@@ -54,6 +55,8 @@ DEFAULTS = {
     "gated_delta_rule": {"num_heads": 4},
     "linformer_attention": {"proj_len": 4},
     "kv_gated_linear_attention": {"num_tokens": 9, "grid": (2, 3)},
+    "mega": {"z_dim": 4, "ema_dim": 2},
+    "megalodon": {"z_dim": 8, "ema_dim": 2, "num_groups": 2, "chunk_size": 3},
     "neural_memory_mlp": {"chunk_size": 3},
     "ssd": {"d_state": 6, "headdim": 8},
 }
