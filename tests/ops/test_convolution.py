@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn_lab.ops import base_conv, long_conv, short_conv
+from attn_lab.ops import base_conv, h3, hyena, linear_attention, long_conv, short_conv
 
 
 def normal(seed, *shape):
@@ -52,6 +52,39 @@ def test_identities(x64):
     np.testing.assert_allclose(got, x * (x @ w + b) + x, atol=1e-12)
 
 
+def test_h3_of_a_delta_and_of_ones_is_linear_attention(x64):
+    """Heads of one channel, and of three, each of which keeps a matrix."""
+    q, k, v = normal(0, 3, 2, 7, 6)
+    zero, delta = jnp.zeros(6), jnp.eye(1, 7).repeat(6, 0)
+    got = h3(q, k, v, delta, zero, jnp.ones((6, 7)), zero)
+    np.testing.assert_allclose(got, q * jnp.cumsum(k * v, 1), atol=1e-12)
+    got = h3(q, k, v, delta, zero, jnp.ones((2, 7)), zero[:2])
+    heads = (x.reshape(2, 7, 2, 3) for x in (q, k, v))
+    want = linear_attention(
+        *heads, feature_map="identity", normalization="none", scale=1.0, causal=True
+    )
+    np.testing.assert_allclose(got, want.reshape(2, 7, 6), atol=1e-12)
+
+
+def test_skips_of_h3_are_taps_at_the_present(x64):
+    q, k, v = normal(0, 3, 2, 5, 6)
+    (shift, skips), (diag, skip) = normal(1, 2, 6, 5), (normal(2, 3, 4), normal(3, 3))
+    got = h3(q, k, v, shift, skips[:, 0], diag, skip)
+    now = shift.at[:, 0].add(skips[:, 0]), jnp.zeros(6), diag.at[:, 0].add(skip), jnp.zeros(3)
+    np.testing.assert_allclose(got, h3(q, k, v, *now, form="direct"), atol=1e-12)
+
+
+def test_hyena_without_gates_is_a_convolution_and_gates_multiply(x64):
+    x1, x2, v = normal(0, 3, 2, 7, 3)
+    kernel, skip = normal(1, 3, 7), normal(2, 3)
+    one = jnp.ones_like(v)
+    np.testing.assert_allclose(hyena(one, one, v, kernel, skip), long_conv(v, kernel, skip))
+    got = hyena(x1, x2, v, kernel, skip)
+    want = x2 * long_conv(x1 * v, kernel, skip, form="direct")
+    np.testing.assert_allclose(got, want, atol=1e-12)
+    np.testing.assert_allclose(hyena(v, x2, x1, kernel, skip), got)
+
+
 def test_errors():
     x = jnp.ones((2, 7, 3))
     with pytest.raises(ValueError, match="kernel"):
@@ -64,3 +97,7 @@ def test_errors():
         long_conv(x, jnp.ones((3, 7)), jnp.ones(2))
     with pytest.raises(ValueError, match="proj_kernel"):
         base_conv(x, jnp.ones((3, 3)), jnp.ones(3), jnp.ones((3, 2)), jnp.ones(3))
+    with pytest.raises(ValueError, match="H dividing C"):
+        h3(x, x, x, jnp.ones((3, 7)), jnp.ones(3), jnp.ones((2, 7)), jnp.ones(2))
+    with pytest.raises(ValueError, match="x1, x2 and v must agree"):
+        hyena(x, x[:, :1], x, jnp.ones((3, 7)), jnp.ones(3))
