@@ -27,7 +27,8 @@ class NeuralMemory(Mixer):
       expansion: hidden units over the dimension of a head.
       chunk_size: tokens whose gradients are taken at the same network; 1 is exact and sequential.
       short_conv: taps of a causal depthwise convolution on q, k and v; None has none.
-      max_lr: the largest rate of learning.
+      max_lr: the largest rate of learning. A linear memory takes 0.5; in deeper ones matrices that
+        grow speed each other up, and beyond about 0.1 they diverge.
       residual: whether a network adds its input.
       norm_eps: of the RMS norm of a head's output.
       build: keywords of `Build`.
