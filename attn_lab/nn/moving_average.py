@@ -300,8 +300,9 @@ class MegalodonLayer(nnx.Module):
         return self.attention.init_cache(batch, length, dtype)
 
     def __call__(self, x, *, cache=None):
-        mixed, new = self.attention(x), None
-        if cache is not None:
+        if cache is None:
+            mixed, new = self.attention(x), None
+        else:
             mixed, new = self.attention(x, cache=cache)
         y = self.norm(x + mixed)
         out = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))

@@ -82,7 +82,8 @@ def wkv(
     now = first + k
     unit = jax.lax.stop_gradient(jnp.maximum(before, now))
     old, new = jnp.exp(before - unit), jnp.exp(now - unit)
-    out = (old * over + new * v) / (old * under + new)
+    total = old * under + new  # 0 if all keys are -inf
+    out = (old * over + new * v) / jnp.where(total > 0, total, 1)
     if not return_state:
         return out.astype(dtype)
     last_a, last_b = jnp.split(last[..., 0], 2, -1)
