@@ -28,8 +28,8 @@ class NeuralMemory(Mixer):
       chunk_size: tokens whose gradients are taken at the same network; 1 is exact and sequential.
       short_conv: taps of a causal depthwise convolution on q, k and v; None has none.
       max_lr: the largest rate of learning. A linear memory takes 0.5; in deeper ones matrices that
-        grow speed each other up, and beyond about 0.1 they diverge.
-      residual: whether a network adds its input.
+        grow speed each other up, and in training they may diverge from 0.2 on.
+      residual: whether a network adds its input; it then diverges sooner.
       norm_eps: of the RMS norm of a head's output.
       build: keywords of `Build`.
 
@@ -52,7 +52,7 @@ class NeuralMemory(Mixer):
         chunk_size: int = 16,
         short_conv: int | None = 4,
         max_lr: float = 0.1,
-        residual: bool = True,
+        residual: bool = False,
         norm_eps: float = 1e-5,
         **build: Any,
     ):
