@@ -21,7 +21,7 @@ class GatedAssociativeMemory(Mixer):
       kernel_size: taps of the convolution.
       build: keywords of `Build`.
 
-    Source: arXiv 2509.00605, 2025.
+    Source: Acharya, 2025, arXiv 2509.00605.
     """
 
     def __init__(self, width: int, *, num_slots: int = 512, kernel_size: int = 3, **build: Any):
@@ -56,7 +56,7 @@ class GAMBlock(nnx.Module):
       norm_eps: of the layer norms.
       build: keywords of `Build`.
 
-    Source: arXiv 2509.00605, 2025.
+    Source: Acharya, 2025, arXiv 2509.00605.
     """
 
     def __init__(
@@ -79,4 +79,4 @@ class GAMBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
         x = x + self.mixer(self.mixer_norm(x), segment_ids=segment_ids)
-        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False))

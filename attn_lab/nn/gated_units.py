@@ -71,8 +71,9 @@ class GatedAttentionUnit(Mixer):
         shapes = {"key": (size, dim), "value": (size, hidden)}
         cache = {name: jnp.zeros((batch, *shape), dtype) for name, shape in shapes.items()}
         if not self.packs:
-            cache["key_lin"] = jnp.zeros_like(cache["key"])
-            cache["state"] = jnp.zeros((batch, dim, hidden), jnp.float32)
+            for name in "chunk", "state":  # what this chunk has written, and those before it
+                wide = jnp.result_type(dtype, jnp.float32)
+                cache[name] = jnp.zeros((batch, dim, hidden), wide)
         return cache | {"index": jnp.zeros((), jnp.int32)}
 
     def __call__(self, x, *, segment_ids=None, cache=None, rngs=None):
@@ -130,10 +131,11 @@ class GatedAttentionUnit(Mixer):
         index, q, q_lin, k, k_lin, v = step
         place = index % self.group_size
         fresh = place == 0
-        chunk = jnp.einsum("bgd,bge->bde", cache["key_lin"], cache["value"]) / self.group_size
-        state = cache["state"] + jnp.where(fresh, chunk, 0)
-        kept = {"state": state.astype(cache["state"].dtype)}
-        for name, new in ("key", k), ("key_lin", k_lin), ("value", v):
+        state = cache["state"] + jnp.where(fresh, cache["chunk"] / self.group_size, 0)
+        written = jnp.swapaxes(k_lin, 1, 2).astype(state.dtype) * v.astype(state.dtype)
+        chunk = jnp.where(fresh, 0, cache["chunk"]) + written
+        kept = {"state": state, "chunk": chunk}
+        for name, new in ("key", k), ("value", v):
             old = jnp.where(fresh, 0, cache[name])
             kept[name] = jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, 1)
         weights = jnp.einsum("btd,bgd->btg", q, kept["key"].astype(q.dtype)) / self.group_size

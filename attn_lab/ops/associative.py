@@ -39,7 +39,7 @@ def gated_associative_memory(
     Raises:
       ValueError: if shapes do not fit.
 
-    Source: arXiv 2509.00605, 2025.
+    Source: Acharya, 2025, arXiv 2509.00605.
     """
     local = short_conv(x, conv_kernel, conv_bias)
     return join_memory(local, x, memory, gate_kernel, gate_bias, implementation)

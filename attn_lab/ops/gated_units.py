@@ -72,12 +72,13 @@ def mixed_chunk_attention(
         scale=1 / group_size,
         implementation=implementation,
     )
-    states = jnp.einsum("bntd,bnte->bnde", k_lin, v)
+    states = jnp.einsum("bntd,bnte->bnde", k_lin, v, precision="highest")
     if causal:
         states = (jnp.cumsum(states, 1) - states) / group_size
     else:
         states = states.sum(1, keepdims=True) / length
-    out = local.reshape(v.shape) + q_lin @ states
+    far = jnp.matmul(q_lin, states, precision="highest")
+    out = local.reshape(v.shape) + far
     return out.reshape(batch, -1, v.shape[-1])[:, :length].astype(dtype)
 
 
@@ -88,8 +89,10 @@ def attentive_gate(att_u: jax.Array, att_v: jax.Array, u: jax.Array, v: jax.Arra
       att_u, att_v, u, v: of the same shape.
 
     Returns:
-      The same shape.
+      The same shape, in the dtype of v.
 
     Source: Zhao and Ma, MossFormer, 2023, arXiv 2302.11824.
     """
-    return att_u * v * jax.nn.sigmoid(att_v * u)
+    wide = jnp.result_type(att_u, att_v, u, v, jnp.float32)
+    gate = jax.nn.sigmoid(att_v.astype(wide) * u)
+    return (att_u.astype(wide) * v * gate).astype(v.dtype)

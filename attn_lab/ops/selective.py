@@ -38,4 +38,5 @@ def selective_lookup(
         _, best = jax.lax.top_k(scores, num_selected)
         chosen = jnp.zeros(scores.shape, bool).at[jnp.arange(len(x))[:, None], best].set(True)
         scores = jnp.where(chosen, scores, 0)
-    return (x + scores[..., None] * update).astype(x.dtype)
+    wide = jnp.result_type(x, update, scores, jnp.float32)
+    return (x + scores[..., None].astype(wide) * update).astype(x.dtype)

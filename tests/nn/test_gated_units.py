@@ -40,9 +40,9 @@ def test_a_unit_that_looks_both_ways_divides_by_its_length():
 def test_decoding_does_not_change_the_cache_it_is_given():
     unit = make(GatedAttentionUnit, group_size=4)
     cache = unit.init_cache(2, 11)
-    assert sorted(cache) == ["index", "key", "key_lin", "state", "value"]
+    assert sorted(cache) == ["chunk", "index", "key", "state", "value"]
     jax.eval_shape(lambda: unit(X[:, :3], cache=cache))
-    assert sorted(cache) == ["index", "key", "key_lin", "state", "value"]
+    assert sorted(cache) == ["chunk", "index", "key", "state", "value"]
     assert unit.state_bytes(11) == unit.state_bytes(1000)
 
 
