@@ -145,7 +145,7 @@ def test_priors_count_as_steps(x64):
 
 
 def test_a_large_mean_does_not_cancel_the_variance():
-    x = jax.random.normal(jax.random.key(0), (1, 200, 4))
+    x = jax.random.normal(jax.random.key(0), (1, 30, 4))
     run = functools.partial(ops.timestep_norm, weight=jnp.zeros(4), bias=jnp.zeros(4), num_groups=1)
     np.testing.assert_allclose(run(x + 4096), run(x), atol=5e-3)
 
