@@ -64,6 +64,16 @@ def test_definition(x64, varies, turns, form):
     close(call(arrays, form=form, chunk_size=4), by_loop(**arrays))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("varies", [False, True])
+def test_writes_reads_and_states_have_defaults(x64, varies, form):
+    arrays = inputs(varies, False)
+    ones = jnp.ones((3, 4))
+    want = by_loop(**arrays | {"write": ones, "read": ones, "initial_state": jnp.zeros((2, 3, 4))})
+    y = diagonal_recurrence(arrays["x"], arrays["log_decay"], form=form, chunk_size=4)
+    close(y, want[0])
+
+
 @settings(max_examples=8, deadline=None)
 @given(kind=st.sampled_from(KINDS), length=st.integers(1, 20), chunk=st.integers(1, 24))
 def test_forms_agree_with_gradients(kind, length, chunk):

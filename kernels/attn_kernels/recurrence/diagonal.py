@@ -95,7 +95,7 @@ def _tree(fixed, state, steps):
     """
     now = fixed | steps
     written = now["write"] * now["x"][..., None].astype(state.dtype)
-    log_decay = jnp.broadcast_to(now["log_decay"], written.shape)
+    log_decay, written = jnp.broadcast_arrays(now["log_decay"], written)
 
     def join(first, second):
         (g, h), (g_next, h_next) = first, second
