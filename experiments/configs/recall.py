@@ -11,6 +11,9 @@
   1.00; base_conv 0.37 to 0.97, 0.14 to 0.94, 0.01 to 0.71 from width 64 to 512.
 - recall_memory: lengths to 1024 with up to 256 pairs, after training on lengths to 256 with up to
   64. Published, at equal state: delta rules above gated linear attention above sliding windows.
+- recurrent: every mixer that carries a state instead of all keys, and softmax beside them, on the
+  task of `quick`: a gated short convolution, then the mixer, 400 steps each. The state is counted
+  at length 1024.
 
 `--config.mixers=a,b` takes any names of `config.models` or `attn_lab.nn.MIXERS`;
 `--config.widths="(64, 128)"` and `--config.learning_rates="(1e-3,)"` narrow or widen the sweep. The
@@ -23,6 +26,37 @@ from ml_collections import ConfigDict
 from attn_lab.tasks import presets
 
 SHORT_CONV = {"short_conv": 4, "qk_norm": "l2"}
+RECURRENT = (
+    "linear_attention",
+    "retention",
+    "gated_linear_attention",
+    "delta_rule",
+    "gated_delta_rule",
+    "refined_gated_linear_attention",
+    "ssd",
+    "lightning_attention",
+    "norm_linear_attention",
+    "block_diagonal_attention",
+    "flow_attention",
+    "linear_log_normal_attention",
+    "linear_log_normal_diag_attention",
+    "fastmax_attention",
+    "latte_attention",
+    "sparse_state_expansion",
+    "local_linear_attention",
+    "adaptive_filter_attention",
+    "mega",
+    "megalodon",
+    "wkv",
+    "neural_memory_mlp",
+    "base_conv",
+    "h3",
+    "hyena",
+    "selective_lookup",
+    "grassmann_mixing",
+    "gated_associative_memory",
+    "mixed_chunk_attention",
+)
 
 
 def get_config(preset: str = "quick") -> ConfigDict:
@@ -69,9 +103,11 @@ def get_config(preset: str = "quick") -> ConfigDict:
         zoology(config, 64 if preset == "zoology_figure2" else int(length))
     elif preset == "recall_memory":
         recall_memory(config)
+    elif preset == "recurrent":
+        recurrent(config)
     elif preset != "quick":
         raise ValueError(
-            "preset must be quick, zoology_figure2[_128, _256, _512] or recall_memory; "
+            "preset must be quick, recurrent, zoology_figure2[_128, _256, _512] or recall_memory; "
             f"got {preset!r}"
         )
     return config
@@ -169,3 +205,10 @@ def recall_memory(config: ConfigDict) -> None:
         for name, (row, mixer, arguments) in tested.items()
     }
     config.mixers = ",".join(tested)
+
+
+def recurrent(config: ConfigDict) -> None:
+    """Every recurrent mixer by name, within a fixed small number of steps."""
+    names = "dot_product_attention", *RECURRENT
+    config.update(steps=400, state_length=1024, mixers=",".join(names), models={})
+    config.models = {name: {"mixers": ["base_conv", name]} for name in names}

@@ -194,7 +194,7 @@ def test_the_workdir_of_another_config(whole):
 
 
 @pytest.mark.parametrize(
-    "preset", ["quick", "zoology_figure2", "zoology_figure2_512", "recall_memory"]
+    "preset", ["quick", "recurrent", "zoology_figure2", "zoology_figure2_512", "recall_memory"]
 )
 def test_every_model_of_a_preset_can_be_built(preset):
     config = get_config(preset)
