@@ -281,6 +281,13 @@ def test_output_has_the_dtype_of_v_and_statistics_are_float32():
     assert out.shape == (2, 13, 4, 3) and stats.shape == (2, 13, 4)
 
 
+@pytest.mark.parametrize("normalizer", [softmax, sigmoid, relu])
+def test_float32_stays_where_float64_is_allowed(normalizer, x64):
+    q, k, v = (x.astype(jnp.float32) for x in inputs(8))
+    run = lambda q: attention(q, k, v, normalizer=normalizer, implementation="xla")  # noqa: E731
+    assert run(q).dtype == jax.grad(lambda q: run(q).sum())(q).dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -39,9 +39,9 @@ class Normalizer:
         """The weights; 0, with derivative 0, for a score of -inf."""
         raise NotImplementedError
 
-    def rescale(self, old: Stats, new: Stats) -> jax.Array:
+    def rescale(self, old: Stats, new: Stats) -> jax.Array | float:
         """The factor from weights under `old` to weights under `new`."""
-        return jnp.ones(())
+        return 1.0
 
     def influence(self, scores: jax.Array, stats: Stats) -> tuple[jax.Array | None, ...]:
         """The derivatives of the final statistics with respect to a score.
