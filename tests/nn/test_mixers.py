@@ -6,8 +6,18 @@ from flax import nnx
 
 from attn_lab.catalogue import find
 from attn_lab.nn import MIXERS, Build, find_mixer, make_mixer
+from experiments.configs.recall import RECURRENT
 
 WIDTH = 16
+# of the mixers of `experiments.recall`'s preset, those that keep every token
+GROWING = {
+    "adaptive_filter_attention",
+    "hyena",
+    "local_linear_attention",
+    "mega",
+    "megalodon",
+    "selective_lookup",
+}
 CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("dot_product_attention", {"window": 3, "rope_theta": 100.0, "num_kv_heads": 2}),
     ("dot_product_attention", {"qk_norm": "rms", "bias": True, "out_bias": True, "value_dim": 6}),
@@ -182,6 +192,14 @@ def test_state_bytes():
     assert make("delta_rule", {"short_conv": None}).state_bytes(100) == 4 * WIDTH * WIDTH // 4
     assert make("base_conv", {}).state_bytes(100) == 4 * 3 * WIDTH
     assert make("base_conv", {"kernel_size": -1}).state_bytes(100) == 4 * 100 * WIDTH
+
+
+@pytest.mark.parametrize("name", sorted(set(RECURRENT) - GROWING))
+def test_recurrent_mixers_decode_in_constant_memory(name):
+    mixer = make(name, {})
+    short, long = (jax.tree.map(jax.typeof, mixer.init_cache(2, n)) for n in (8, 4096))
+    assert short == long
+    assert 0 < mixer.state_bytes(8) == mixer.state_bytes(4096)
 
 
 @pytest.mark.parametrize(
