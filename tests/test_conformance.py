@@ -46,7 +46,9 @@ def example(row: Mechanism, sizes: Sizes):
     return row.example(sizes, KEY)
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "wide", [pytest.param(False, marks=pytest.mark.slow), True], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("stem", sorted({stem for row in CATALOGUE for stem in row.golden}))
 def test_golden(stem, wide):
     with jax.enable_x64(wide), jax.default_matmul_precision("highest"):

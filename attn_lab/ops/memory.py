@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn_kernels.varying import varying_like
+
 __all__ = ["MemoryState", "neural_memory", "neural_memory_linear", "neural_memory_mlp"]
 
 _dot = functools.partial(jnp.matmul, precision="highest")
@@ -319,7 +321,7 @@ def _in_chunks(chunk, inputs, state, size):
         return jax.lax.dynamic_slice_in_dim(out, first, length), carry
 
     heads = jax.vmap(sequence, (1, 0), (1, 0))
-    out, carry = jax.vmap(heads)(inputs, state[:3])
+    out, carry = jax.vmap(heads)(inputs, varying_like(tuple(state[:3]), inputs))
     index = jnp.asarray((index + length) % size, jnp.int32)
     return out.astype(v.dtype), MemoryState(*carry, index)
 

@@ -171,7 +171,8 @@ def _averages(x, log_decay, write, read, state, form, truncation=None):
 
 def _log_one_minus_product(a, b):
     """`log(1 - sigmoid(a) sigmoid(b))`, exact where it is close to 0 and where it is far below."""
-    return jax.nn.log1mexp(jax.nn.softplus(-a) + jax.nn.softplus(-b))
+    # The odds of the difference against the product are `e^-a + e^-b + e^(-a - b)`.
+    return jax.nn.log_sigmoid(jnp.logaddexp(jnp.logaddexp(-a, -b), -a - b))
 
 
 def _complex(pairs):
