@@ -137,7 +137,7 @@ def test_late_inputs_have_exactly_no_influence_on_early_outputs(row):
     jacobian = jax.jit(jax.jacrev(lambda x: row.call(arrays | x, causal=True)[:, :cut]))(
         {n: arrays[n] for n in in_sequence}
     )
-    out_rank = row.call(arrays, causal=True).ndim
+    out_rank = jax.eval_shape(lambda: row.call(arrays, causal=True)).ndim
     for name, slopes in jacobian.items():
         late = jnp.take(slopes, jnp.arange(cut, 9), axis=out_rank + 1)
         assert (late == 0).all(), name
@@ -185,13 +185,12 @@ def test_extreme_inputs_stay_finite(row):
 
 @operators
 def test_transformations(row):
-    """jit, vmap, grad of vmap and remat give what plain calls give."""
+    """vmap, grad of vmap and remat give what plain calls give, jitted all."""
     sizes = row.fit(Sizes(B=2, T=8, S=8))
     arrays = example(row, sizes)
     batched = {n for n, (_, axes) in row.arguments.items() if axes[0] == "B"}
-    want = row.call(arrays)
+    want = jax.jit(row.call)(arrays)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
-    close(jax.jit(row.call)(arrays), want)
     axes = {n: 0 if n in batched else None for n in arrays}
 
     def one(arrays):

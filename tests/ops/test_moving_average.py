@@ -105,6 +105,19 @@ def test_averages_that_do_not_turn_are_damped_ones(x64):
     close(got, want)
 
 
+def test_saturated_gates_have_derivatives_of_every_order():
+    """Float32 holds neither how far from 1 such gates are nor the square of it."""
+    arrays, x = jax.tree.map(jnp.float32, turning()), jnp.ones((1, 3, C))
+    gates = jnp.broadcast_to(jnp.array([-80.0, 0.0, 60.0, 100.0]), (C, N))
+
+    def run(gates):
+        both = {"alpha": gates, "delta": gates}
+        return jnp.sin(ops.complex_ema(x, **(arrays | both), form="fft")).sum()
+
+    slopes = jax.jit(lambda gates: jax.jvp(jax.value_and_grad(run), (gates,), (gates,)))(gates)
+    assert all(jnp.isfinite(a).all() for a in jax.tree.leaves(slopes))
+
+
 def test_a_long_memory_keeps_its_rate():
     """Decays within 1e-8 of 1 are those of their logarithm, not of a rounded factor."""
     ones = jnp.ones((1, 1))
