@@ -157,7 +157,10 @@ def flops_of(row: Mechanism, sizes: Sizes, causal: bool) -> float:
 def measure(
     config: ConfigDict, row: Mechanism, call: Any, kind: str, length: int
 ) -> dict[str, Any]:
-    """Time, memory and rates of a case; `error` and `reason` where it does not fit into memory."""
+    """Time, memory and rates of a case.
+
+    `error` and `reason` where it does not fit into memory, or where a peer refuses the call.
+    """
     sizes = sizes_of(config, row, length)
     dtype = jnp.dtype(config.dtype)
     causal = config.causal if config.causal in row.causal else row.causal[0]
@@ -185,10 +188,13 @@ def measure(
                 reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
                 return {"error": "out of memory", "reason": reason, **memory}
             seconds = timings(lambda: compiled(arrays), config.repeats)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
-        return {"error": "out of memory", "reason": str(error).split("\n")[0][:300], **memory}
+    except RuntimeError as error:
+        reason = {"reason": str(error).split("\n")[0][:300], **memory}
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+            return {"error": "out of memory", **reason}
+        if call == peers.NAME:
+            return {"error": "refused", **reason}
+        raise
     # A backward pass computes scores again and has four products more: 5 beside the 2 of forward.
     flops = flops_of(row, sizes, causal) * (3.5 if backward else 1)
     return {
@@ -370,7 +376,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             points = [(row["length"], row[key]) for row in own if key in row and "error" not in row]
             style = dict(color=f"C{n % 10}", marker="osD^vPX*"[n % 8], ls=("-", "--")[n % 2])
             ax.plot(*(zip(*points) if points else ([], [])), label=label, alpha=0.8, **style)
-        ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        short = (f"{n // 1024}k" if n % 1024 == 0 else f"{n}" for n in lengths)
+        ax.set_xticks(lengths, list(short))
         ax.xaxis.set_minor_formatter("")
         ax.set(xlabel="length", ylabel=key.replace("_", " "))
         ax.spines[["top", "right"]].set_visible(False)

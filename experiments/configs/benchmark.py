@@ -5,11 +5,12 @@
 - quick (default): four mechanisms at lengths 512 to 2048, definition against streaming. 1.5 minutes
   on 2 CPU cores with other work.
 - recurrence: linear attention in chunks and streaming softmax at lengths 256 to 65,536: how times
-  grow and where they cross. 10 minutes on 2 CPU cores.
+  grow and where they cross. 6 minutes on 2 CPU cores.
 - h100: softmax and a window at lengths 2048 to 32,768 in bfloat16, with cuDNN beside them. 3
   minutes on one H100; the definition does not fit into memory at the greatest length.
 - recurrence_h100: five recurrences in chunks at length 8192 in bfloat16, batch 8, 16 heads of 128,
-  against flash-linear-attention, which must be installed (`fla-core`, PyTorch).
+  against flash-linear-attention, which must be installed (`fla-core`, PyTorch). 10 minutes on one
+  H100, most of them its tuning.
 
 `--family=recurrence` takes the recurrences of the preset, by their forms. `--config.mechanisms=a,b`
 takes rows of the catalogue instead, whatever the family, and `--config.implementations=xla` some

@@ -118,6 +118,17 @@ def test_a_peer_is_timed_beside_ours(tmp_path, monkeypatch):
     assert rows[2]["flops"] == rows[0]["flops"]
 
 
+def test_a_peer_that_refuses_is_recorded(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("wants another compiler\nand more")
+
+    monkeypatch.setattr(module.peers, "has_peer", lambda row: True)
+    monkeypatch.setattr(module.peers, "prepare", refuse)
+    rows = benchmark(tiny(implementations="fla", lengths=(8,)), tmp_path)["rows"]
+    reason = "wants another compiler"
+    assert [(row["error"], row["reason"]) for row in rows] == 2 * [("refused", reason)]
+
+
 def test_flops_are_those_of_allowed_pairs():
     sizes = Sizes(B=2, T=64, S=64, H=4, K=4, D=8, V=8)
     a_pair = 2 * 2 * 4 * (8 + 8)
