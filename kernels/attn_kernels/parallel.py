@@ -1,0 +1,91 @@
+"""Sequences split over the devices of a mesh: how the engines are told, and by which algorithm.
+
+Models know nothing of devices. Whoever traces one for a mesh whose sequence axis is larger than 1
+does so inside `sequence_parallel`, and both engines then run over that axis.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from attn_kernels.layout import ORDERS
+
+MODES = ("ring", "all_to_all", "allgather")
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceParallel:
+    """The choices of `sequence_parallel`."""
+
+    mesh: Mesh
+    mode: str
+    axis: str
+    order: str
+
+    @property
+    def devices(self) -> int:
+        """How many devices share a sequence."""
+        return self.mesh.shape[self.axis]
+
+    def splits(self, *lengths: int) -> bool:
+        """Whether all lengths are one that its devices share evenly, two positions at least each.
+
+        With zigzag order every device has two parts of equal length.
+        """
+        parts = 2 * self.devices if self.order == "zigzag" else self.devices
+        return len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > self.devices
+
+
+_current: contextvars.ContextVar[SequenceParallel | None] = contextvars.ContextVar(
+    "sequence_parallel", default=None
+)
+
+
+@contextlib.contextmanager
+def sequence_parallel(
+    mesh: Mesh, mode: str = "ring", axis: str = "seq", order: str = "contiguous"
+) -> Iterator[None]:
+    """Runs `attention`, `linear_attention` and `diagonal_recurrence` over a mesh axis.
+
+    It is read while a function is traced, so it belongs inside the function that is jitted. Arrays
+    keep their meaning and their natural order; every length that the axis divides (with T = S, and
+    two positions a device at least) is split over it by a `jax.shard_map` which leaves all other
+    axes to the compiler. Everything else, and all else in a model, is left to the compiler.
+
+    Args:
+      mesh: the mesh; an axis of size 1 changes nothing.
+      mode: of attention: "ring" (keys and values travel from device to device, memory O(T / N)),
+        "all_to_all" (sequences for heads and back: the devices must divide the heads) or
+        "allgather" (every device gets all keys and values). Recurrences combine states in all.
+      axis: the name of the axis.
+      order: which positions a device works on: "contiguous", or, balanced for causal masks,
+        "zigzag" or "striped", which costs an exchange of q, k, v and of the output.
+
+    Raises:
+      ValueError: if the mode, the axis or the order is unknown.
+    """
+    for name, given, known in (
+        ("mode", mode, MODES),
+        ("axis", axis, mesh.axis_names),
+        ("order", order, ORDERS),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+    token = _current.set(SequenceParallel(mesh, mode, axis, order))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> SequenceParallel | None:
+    """What to run over, or None: no context, one device, or an axis that is manual already."""
+    found = _current.get()
+    if found is None or found.devices == 1:
+        return None
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return None if found.axis in manual else found
