@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from attn_kernels.attention.normalizer import Stats
 from attn_kernels.attention.tile import (
     Tile,
     accumulation_dtype,
@@ -27,6 +28,45 @@ BLOCK = 512
 
 def attend(tile: Tile, block_q: int | None = None, block_k: int | None = None):
     """The output `[B, H, T, Dv]` in float32 or better, and the statistics of the rows."""
+    grid, leaves = _grid(tile, block_q, block_k)
+    out, stats = _attend(grid, grid.cut(leaves))
+    return grid.join(out), tuple(map(grid.join, stats))
+
+
+def change(tile: Tile, dots: list[jax.Array | None], stats: Stats) -> tuple[jax.Array, Stats]:
+    """What the keys of a tile add to the tangents of the output and of the statistics.
+
+    It is linear in `dots`. Of all the keys together, `close` makes the tangents.
+
+    Args:
+      tile: some of the keys of its queries.
+      dots: the tangents of the tile's leaves in float32 or better, None where nothing moves.
+      stats: the final statistics `[B, H, T, n]` of the rows, over all keys.
+
+    Returns:
+      `sum_j dw_j v_j + w_j dv_j`, `[B, H, T, Dv]`, and for every statistic `sum_j (dL/ds_j) ds_j`.
+    """
+    grid, leaves = _grid(tile)
+    rows = [_cut(x, 2, grid.rows, grid.block_q) for x in stats]
+    return jax.tree.map(grid.join, _changes(grid, grid.cut(leaves), grid.cut(dots), rows))
+
+
+def close(treedef, leaves, dots, out, stats: Stats, terms) -> tuple[jax.Array, Stats]:
+    """The tangents of the output and of the statistics, from the sums that `change` describes.
+
+    What is missing is the silent key, and how the output follows the statistics. Neither needs the
+    keys: their leaves of the tile may be None.
+    """
+    (dout, dstats), normalizer = terms, treedef.unflatten(leaves).normalizer
+    silent, dsilent = _jvp(treedef, silent_scores, leaves, dots)
+    dsilent = jnp.where(silent == -jnp.inf, 0, dsilent)
+    dstats = jax.tree.map(jnp.add, dstats, _spread(normalizer, stats, silent, dsilent))
+    rescale = functools.partial(normalizer.rescale, stats)
+    return dout + out * jax.jvp(rescale, (stats,), (dstats,))[1], dstats
+
+
+def _grid(tile: Tile, block_q: int | None = None, block_k: int | None = None):
+    """The grid of a tile and its leaves."""
     q_len, k_len = tile.q.shape[2], tile.k.shape[2]
     side = _side(tile)
     block_q, block_k = block_q or side, block_k or side
@@ -35,9 +75,7 @@ def attend(tile: Tile, block_q: int | None = None, block_k: int | None = None):
     arrays = ((2, None), (None, 2), (None, 2), *[(None, None)] * whole)
     operands = [tuple(n if x.shape[n] > 1 else None for n in (2, 3)) for x in leaves[len(arrays) :]]
     axes = (*arrays, *operands)
-    grid = Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes)
-    out, stats = _attend(grid, grid.cut(leaves))
-    return grid.join(out), tuple(map(grid.join, stats))
+    return Grid(q_len, k_len, min(block_q, q_len), min(block_k, k_len), treedef, axes), leaves
 
 
 def _side(tile: Tile) -> int:
@@ -75,7 +113,9 @@ class Grid:
 
     def cut(self, leaves):
         return [
-            _cut(_cut(x, k_axis, self.columns, self.block_k), shifted, self.rows, self.block_q)
+            x
+            if x is None
+            else _cut(_cut(x, k_axis, self.columns, self.block_k), shifted, self.rows, self.block_q)
             for x, (q_axis, k_axis) in zip(leaves, self.axes)
             for shifted in [q_axis if q_axis is None or k_axis is None else q_axis + 1]
         ]
@@ -85,22 +125,27 @@ class Grid:
         _, batch, heads, _, n = blocks.shape
         return jnp.moveaxis(blocks, 0, 2).reshape(batch, heads, -1, n)[:, :, : self.q_len]
 
-    def positions(self, i, j):
+    def positions(self, tile, i, j):
         """Query and key positions of tile (i, j), and which keys exist (None: all)."""
-        q_index = i * self.block_q + jnp.arange(self.block_q) + (self.k_len - self.q_len)
+        q_index = i * self.block_q + jnp.arange(self.block_q)
         k_index = j * self.block_k + jnp.arange(self.block_k)
-        ragged = self.k_len % self.block_k
-        return q_index, k_index, k_index < self.k_len if ragged else None
+        exists = k_index < self.k_len if self.k_len % self.block_k else None
+        return *self._placed(tile, q_index, k_index), exists
+
+    def _placed(self, tile, q_index, k_index):
+        """The positions of queries and keys by their numbers in the arrays."""
+        if tile.place is None:
+            return q_index + (self.k_len - self.q_len), k_index
+        return tile.place.queries(q_index), tile.place.keys(k_index)
 
     def visit(self, tile, i, j, function, carry):
         """`function(carry)`, or `carry` if the mask's bounds say that tile (i, j) is empty."""
         if tile.mask is None or self.rows * self.columns == 1:
             return function(carry)
-        q_first = i * self.block_q + (self.k_len - self.q_len)
-        k_first = j * self.block_k
-        some, _ = tile.mask.tile(
-            q_first, q_first + self.block_q - 1, k_first, k_first + self.block_k - 1
-        )
+        q_first, k_first = self._placed(tile, i * self.block_q, j * self.block_k)
+        last = (i + 1) * self.block_q - 1, (j + 1) * self.block_k - 1
+        q_last, k_last = self._placed(tile, *last)
+        some, _ = tile.mask.tile(q_first, q_last, k_first, k_last)
         return function(carry) if some is True else jax.lax.cond(some, function, lambda c: c, carry)
 
     def sweep(self, leaves, axes, start, step, finish):
@@ -155,7 +200,7 @@ def _attend(grid: Grid, blocks):
 
         def add(carry):
             out, old = carry
-            scores = masked_scores(tile, *grid.positions(i, j))
+            scores = masked_scores(tile, *grid.positions(tile, i, j))
             stats = tile.normalizer.combine(old, tile.normalizer.partial(scores))
             w = tile.normalizer.weight(scores, stats).astype(tile.v.dtype)
             kept = out * tile.normalizer.rescale(old, stats)
@@ -174,60 +219,72 @@ def _attend_jvp(grid: Grid, primals, tangents):
     """
     (blocks,), (dots,) = primals, tangents
     out, stats = _attend(grid, blocks)
-    moves = [jnp.issubdtype(x.dtype, jnp.inexact) for x in blocks]
-    dtype, count = out.dtype, len(blocks)
-    dots = [dot.astype(dtype) if m else None for dot, m in zip(dots, moves)]
+    dots = [
+        dot.astype(out.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else None
+        for x, dot in zip(blocks, dots)
+    ]
+    return (out, stats), _changes(grid, blocks, dots, stats, out)
 
-    def jvp(function, leaves):
-        """`function(tile)` and its tangent, all in the dtype of accumulation."""
-        primal, dot = leaves[:count], leaves[count : 2 * count]
-        at = [n for n, m in enumerate(moves) if m and primal[n] is not None]
 
-        def of_moving(moving):
-            full = list(primal)
-            for n, x in zip(at, moving):
-                full[n] = x
-            return function(grid.treedef.unflatten(full))
+def _changes(grid: Grid, blocks, dots, stats, out=None):
+    """The sums of `change` for every row of the grid, closed if the output is given."""
+    whole = grid.treedef.unflatten(blocks)
+    shape = (*whole.q.shape[-4:-1], whole.v.shape[-1])
+    dtype, count = accumulation_dtype(whole.q), len(blocks)
+    rows = (*stats, *([] if out is None else [out]))
 
-        return jax.jvp(of_moving, ([primal[n].astype(dtype) for n in at],), ([dot[n] for n in at],))
-
-    def spread(scores, dscores, leaves):
-        """What changes of scores do to the final statistics."""
-        normalizer, final = grid.treedef.unflatten(leaves[:count]).normalizer, tuple(leaves[tail:])
-        slopes = normalizer.influence(scores, final)
-        return tuple(
-            jnp.zeros_like(x) if slope is None else (slope * dscores).sum(-1, keepdims=True)
-            for x, slope in zip(final, slopes)
-        )
+    def split(leaves):
+        rest = leaves[2 * count :]
+        return leaves[:count], leaves[count : 2 * count], tuple(rest[: len(stats)]), rest[-1:]
 
     def start(known):
-        silent, dsilent = jvp(silent_scores, known)
-        dstats = spread(silent, jnp.where(silent == -jnp.inf, 0, dsilent), known)
-        return jnp.zeros(known[tail - 1].shape, dtype), dstats
+        return jnp.zeros(shape, dtype), tuple(map(jnp.zeros_like, split(known)[2]))
 
     def step(i, j, leaves, carry):
+        primal, dots, stats, _ = split(leaves)
+
         def parts(tile):
-            scores = masked_scores(tile, *grid.positions(i, j))
-            return scores, tile.normalizer.weight(scores, tuple(leaves[tail:])), tile.v
+            scores = masked_scores(tile, *grid.positions(tile, i, j))
+            return scores, tile.normalizer.weight(scores, stats), tile.v
 
         def add(carry):
             dout, dstats = carry
-            (scores, w, v), (dscores, dw, dv) = jvp(parts, leaves)
+            (scores, w, v), (dscores, dw, dv) = _jvp(grid.treedef, parts, primal, dots)
             terms = contract(dw, v, transpose=False) + contract(w, dv, transpose=False)
-            return dout + terms, jax.tree.map(jnp.add, dstats, spread(scores, dscores, leaves))
+            spread = _spread(tile.normalizer, stats, scores, dscores)
+            return dout + terms, jax.tree.map(jnp.add, dstats, spread)
 
-        return grid.visit(grid.treedef.unflatten(leaves[:count]), i, j, add, carry)
+        tile = grid.treedef.unflatten(primal)
+        return grid.visit(tile, i, j, add, carry)
 
     def finish(known, carry):
-        (dout, dstats), final = carry, tuple(known[tail:])
-        normalizer = grid.treedef.unflatten(known[:count]).normalizer
-        rescale = functools.partial(normalizer.rescale, final)
-        return dout + known[tail - 1] * jax.jvp(rescale, (final,), (dstats,))[1], dstats
+        primal, dots, stats, last = split(known)
+        return close(grid.treedef, primal, dots, *last, stats, carry) if last else carry
 
-    tail = 2 * count + 1
-    leaves = [*blocks, *dots, out, *stats]
-    axes = (*grid.axes, *grid.axes, *[ROW] * (1 + len(stats)))
-    return (out, stats), grid.sweep(leaves, axes, start, step, finish)
+    axes = (*grid.axes, *grid.axes, *[ROW] * len(rows))
+    return grid.sweep([*blocks, *dots, *rows], axes, start, step, finish)
+
+
+def _jvp(treedef, function, leaves, dots):
+    """`function(tile)` and its tangent, in the dtype of the tangents; absent leaves are None."""
+    at = [n for n, dot in enumerate(dots) if dot is not None and leaves[n] is not None]
+
+    def of_moving(moving):
+        full = list(leaves)
+        for n, x in zip(at, moving):
+            full[n] = x
+        return function(treedef.unflatten(full))
+
+    moving = [leaves[n].astype(dots[n].dtype) for n in at]
+    return jax.jvp(of_moving, (moving,), ([dots[n] for n in at],))
+
+
+def _spread(normalizer, final: Stats, scores, dscores) -> Stats:
+    """What changes of scores do to the final statistics."""
+    return tuple(
+        jnp.zeros_like(x) if slope is None else (slope * dscores).sum(-1, keepdims=True)
+        for x, slope in zip(final, normalizer.influence(scores, final))
+    )
 
 
 def _cut(x, axis, count, block):

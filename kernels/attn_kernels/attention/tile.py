@@ -10,16 +10,48 @@ from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, Stats
 from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
+from attn_kernels.layout import Layout
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("q", "k", "v", "scale", "score", "mask", "score_mod", "normalizer"),
+    data_fields=("q_rank", "k_rank"),
+    meta_fields=("q_layout", "k_layout"),
+)
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which part of a larger problem a tile is: the queries of one device, the keys of another.
+
+    Attributes:
+      q_rank, k_rank: the numbers of the devices, integers `[1, 1, 1, 1]`.
+      q_layout, k_layout: which positions devices hold.
+    """
+
+    q_rank: jax.Array
+    k_rank: jax.Array
+    q_layout: Layout
+    k_layout: Layout
+
+    def queries(self, index: jax.Array) -> jax.Array:
+        """The positions of the tile's queries `index`."""
+        return self.q_layout.positions(self.q_rank[0, 0, 0, 0], index)
+
+    def keys(self, index: jax.Array) -> jax.Array:
+        """The positions of the tile's keys `index`."""
+        return self.k_layout.positions(self.k_rank[0, 0, 0, 0], index)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("q", "k", "v", "scale", "score", "mask", "score_mod", "normalizer", "place"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The arguments of attention with heads first: q `[B, H, T, D]`, k `[B, K, S, D]`, v alike."""
+    """The arguments of attention with heads first: q `[B, H, T, D]`, k `[B, K, S, D]`, v alike.
+
+    Query t stands at position `t + S - T` and key s at s, unless there is a `place`.
+    """
 
     q: jax.Array
     k: jax.Array
@@ -29,6 +61,7 @@ class Tile:
     mask: Mask | None
     score_mod: ScoreMod | None
     normalizer: Normalizer
+    place: Place | None = None
 
 
 def contract(heads: jax.Array, shared: jax.Array, transpose: bool) -> jax.Array:
