@@ -86,7 +86,7 @@ class SSE(Mixer):
                 raise ValueError(f"{name} must be between 1 and {num_partitions}, got {count}")
         build = Build(**build)
         self.base, self.num_heads, self.num_partitions = base, num_heads, num_partitions
-        self.picks = {"num_write": num_write, "num_read": num_read}
+        self.num_write, self.num_read = num_write, num_read
         self.head_dim = divide(width, num_heads) if head_dim is None else head_dim
         inner = num_heads * self.head_dim
         rank = self.head_dim if low_rank is None else low_rank
@@ -133,7 +133,8 @@ class SSE(Mixer):
             v,
             log_decay,
             self.router(x),
-            **self.picks,
+            num_write=self.num_write,
+            num_read=self.num_read,
             initial_state=None if cache is None else cache["routed"],
             return_state=True,
             beta=beta,
@@ -157,7 +158,7 @@ class SSE(Mixer):
         whether it picks a state to be written.
         """
         shares = jax.nn.softmax(self.router(x).astype(jnp.float32), -1)
-        count = self.picks["num_write"]
+        count = self.num_write
         picked = ops.row_sparse_key(self.router(x).astype(jnp.float32), top_k=count) > 0
         both = shares.mean((0, 1)) * picked.mean((0, 1))
         return self.num_partitions / count * both.sum()
