@@ -48,3 +48,47 @@ class Layout:
         """The positions of device 0, then those of device 1, and so on: `[shards * length]`."""
         ranks, index = np.arange(self.shards)[:, None], np.arange(self.length)
         return np.broadcast_to(self.positions(ranks, index), (self.shards, self.length)).ravel()
+
+
+def deal(x: jax.Array, axis: int, order: str, axis_name: str) -> jax.Array:
+    """Exchanges the contiguous positions of a device for those of an order, inside `shard_map`.
+
+    Striped order needs as many positions a device as a multiple of the devices.
+    """
+    count, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    if order == "contiguous" or count == 1:
+        return x
+    if order == "striped":
+        rows = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+        rows = jax.lax.all_to_all(jnp.moveaxis(rows, axis + 1, 0), axis_name, 0, 0, tiled=True)
+        return jnp.moveaxis(rows, 0, axis).reshape(x.shape)
+    even, odd = (
+        jax.lax.ppermute(part, axis_name, [(n, _owner(2 * n + odd, count)) for n in range(count)])
+        for odd, part in enumerate(jnp.split(x, 2, axis))
+    )
+    return jnp.concatenate(_swapped(rank % 2 == 1, even, odd), axis)
+
+
+def undeal(x: jax.Array, axis: int, order: str, axis_name: str) -> jax.Array:
+    """The inverse of `deal`."""
+    count, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    if order == "contiguous" or count == 1:
+        return x
+    if order == "striped":
+        rows = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+        rows = jax.lax.all_to_all(jnp.moveaxis(rows, axis, 0), axis_name, 0, 0, tiled=True)
+        return jnp.moveaxis(rows, 0, axis + 1).reshape(x.shape)
+    parts = (
+        jax.lax.ppermute(part, axis_name, [(_owner(2 * n + odd, count), n) for n in range(count)])
+        for odd, part in enumerate(_swapped(rank % 2 == 1, *jnp.split(x, 2, axis)))
+    )
+    return jnp.concatenate(list(parts), axis)
+
+
+def _owner(part, count):
+    """The device of a part in zigzag order."""
+    return part if part < count else 2 * count - 1 - part
+
+
+def _swapped(condition, a, b):
+    return jnp.where(condition, b, a), jnp.where(condition, a, b)

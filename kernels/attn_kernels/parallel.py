@@ -7,7 +7,8 @@ does so inside `sequence_parallel`, and both engines then run over that axis.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -31,13 +32,27 @@ class SequenceParallel:
         """How many devices share a sequence."""
         return self.mesh.shape[self.axis]
 
-    def splits(self, *lengths: int) -> bool:
-        """Whether all lengths are one that its devices share evenly, two positions at least each.
+    def splits(self, *lengths: int, order: str = "contiguous") -> bool:
+        """Whether all lengths are one that the devices share evenly, two positions at least each.
 
-        With zigzag order every device has two parts of equal length.
+        In zigzag order a device has two parts of equal length, in striped order of every device's
+        positions an equal number.
         """
-        parts = 2 * self.devices if self.order == "zigzag" else self.devices
-        return len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > self.devices
+        count = self.devices
+        parts = {"contiguous": count, "zigzag": 2 * count, "striped": count**2}[order]
+        return len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > count
+
+    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` on every device's part along the axis; others are left to the compiler."""
+        return jax.jit(
+            jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=in_specs,
+                out_specs=out_specs,
+                axis_names={self.axis},
+            )
+        )
 
 
 _current: contextvars.ContextVar[SequenceParallel | None] = contextvars.ContextVar(

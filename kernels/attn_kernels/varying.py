@@ -16,3 +16,24 @@ def varying_like(carry: Any, *arrays: Any) -> Any:
     zeros = (jnp.where(x[(0,) * x.ndim] == 0, 0, 0) for x in jax.tree.leaves(arrays))
     zero = sum(zeros)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), carry)
+
+
+def varying(tree: Any, *like: Any) -> Any:
+    """`tree`, typed as differing between devices along every mesh axis that `like` differs on.
+
+    The transpose is a sum over the devices, so that an array that all of them share gets the whole
+    of its gradient.
+    """
+    axes = frozenset().union(*map(_axes, jax.tree.leaves(like)))
+
+    def cast(x):
+        missing = tuple(axes - _axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
+
+
+def _axes(x) -> frozenset[str]:
+    """The mesh axes along which the type of an array says that devices may differ."""
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from attn_kernels.attention import definition, streaming
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, softmax
+from attn_kernels.attention.parallel import across_devices
 from attn_kernels.attention.passes import Rows, settle
 from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
@@ -61,7 +62,10 @@ def attention(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    out, stats = settle(tile, IMPLEMENTATIONS[implementation or "xla"])
+    attend = IMPLEMENTATIONS[implementation or "xla"]
+    if implementation != "definition":
+        attend = across_devices(attend)
+    out, stats = settle(tile, attend)
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
     if not return_stats:
         return out

@@ -235,7 +235,12 @@ def _changes(grid: Grid, blocks, dots, stats, out=None):
 
     def split(leaves):
         rest = leaves[2 * count :]
-        return leaves[:count], leaves[count : 2 * count], tuple(rest[: len(stats)]), rest[-1:]
+        return (
+            leaves[:count],
+            leaves[count : 2 * count],
+            tuple(rest[: len(stats)]),
+            rest[len(stats) :],
+        )
 
     def start(known):
         return jnp.zeros(shape, dtype), tuple(map(jnp.zeros_like, split(known)[2]))
