@@ -50,12 +50,12 @@ class Layout:
         return np.broadcast_to(self.positions(ranks, index), (self.shards, self.length)).ravel()
 
 
-def deal(x: jax.Array, axis: int, order: str, axis_name: str) -> jax.Array:
-    """Exchanges the contiguous positions of a device for those of an order, inside `shard_map`.
+def deal(x: jax.Array, axis: int, order: str, *, axis_name: str, rank: jax.Array) -> jax.Array:
+    """Exchanges the contiguous positions of device `rank` for those of an order, in `shard_map`.
 
     Striped order needs as many positions a device as a multiple of the devices.
     """
-    count, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    count = jax.lax.axis_size(axis_name)
     if order == "contiguous" or count == 1:
         return x
     if order == "striped":
@@ -69,9 +69,9 @@ def deal(x: jax.Array, axis: int, order: str, axis_name: str) -> jax.Array:
     return jnp.concatenate(_swapped(rank % 2 == 1, even, odd), axis)
 
 
-def undeal(x: jax.Array, axis: int, order: str, axis_name: str) -> jax.Array:
+def undeal(x: jax.Array, axis: int, order: str, *, axis_name: str, rank: jax.Array) -> jax.Array:
     """The inverse of `deal`."""
-    count, rank = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    count = jax.lax.axis_size(axis_name)
     if order == "contiguous" or count == 1:
         return x
     if order == "striped":

@@ -7,11 +7,13 @@ does so inside `sequence_parallel`, and both engines then run over that axis.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from attn_kernels.layout import ORDERS
 
@@ -43,16 +45,24 @@ class SequenceParallel:
         return len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > count
 
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """`function` on every device's part along the axis; others are left to the compiler."""
-        return jax.jit(
-            jax.shard_map(
-                function,
-                mesh=self.mesh,
-                in_specs=in_specs,
-                out_specs=out_specs,
-                axis_names={self.axis},
-            )
+        """`function(rank, ...)` on every device's part along the axis, `rank` being its number.
+
+        Other axes of the mesh are left to the compiler, which is why the number is an argument: it
+        does not compile `axis_index` beside them everywhere.
+        """
+        sharded = jax.shard_map(
+            lambda ranks, *args: function(ranks[0], *args),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(self.axis), *in_specs),
+            out_specs=out_specs,
+            axis_names={self.axis},
         )
+        return jax.jit(functools.partial(sharded, jnp.arange(self.devices, dtype=jnp.int32)))
+
+
+def rank_of(axis_name: str, rank: jax.Array | None) -> jax.Array:
+    """The number of this device along an axis: `rank` if it is known."""
+    return jax.lax.axis_index(axis_name) if rank is None else rank
 
 
 _current: contextvars.ContextVar[SequenceParallel | None] = contextvars.ContextVar(

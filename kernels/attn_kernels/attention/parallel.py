@@ -26,10 +26,11 @@ from attn_kernels.attention.tile import Place, Tile, accumulation_dtype, empty_s
 from attn_kernels.layout import Layout, deal, undeal
 from attn_kernels.varying import varying
 
+Rank = jax.Array | None  # the number of the device, `axis_index` if it is None
 LEADING = 4  # leaves of a tile before those of its parts: q, k, v and scale
 
 
-def ring(tile: Tile, *, axis_name: str, order: str = "contiguous"):
+def ring(tile: Tile, *, axis_name: str, order: str = "contiguous", rank: Rank = None):
     """Attention of a device's queries to the keys of all devices, which travel around a ring.
 
     Each step joins the output and the statistics over one device's keys to those so far. Devices
@@ -52,10 +53,18 @@ def ring(tile: Tile, *, axis_name: str, order: str = "contiguous"):
     leaves, treedef = jax.tree.flatten(tile)
     roles = _roles(tile, leaves, layout)
     plan = Ring(treedef, roles, layout, axis_name, *reach(tile.mask, layout))
-    return _ring(plan, varying(leaves, leaves, jax.lax.axis_index(axis_name)))
+    rank = parallel.rank_of(axis_name, rank)
+    return _ring(plan, *varying((rank, leaves), (rank, leaves)))
 
 
-def allgather(tile: Tile, *, axis_name: str, order: str = "contiguous", attend=streaming.attend):
+def allgather(
+    tile: Tile,
+    *,
+    axis_name: str,
+    order: str = "contiguous",
+    rank: Rank = None,
+    attend: Callable = streaming.attend,
+):
     """Attention of a device's queries to the keys of all devices, which it gathers first.
 
     The derivative of the gathering is a reduction that leaves every device the sums for its keys.
@@ -81,11 +90,14 @@ def allgather(tile: Tile, *, axis_name: str, order: str = "contiguous", attend=s
         gather(x, role, 2 if n < LEADING else 3) for n, (x, role) in enumerate(zip(leaves, roles))
     ]
     whole = Layout("contiguous", 1, count * layout.length)
-    place = _place(jax.lax.axis_index(axis_name), 0, Layout(order, count, length), whole)
+    rank = parallel.rank_of(axis_name, rank)
+    place = _place(rank, 0, Layout(order, count, length), whole)
     return attend(dataclasses.replace(treedef.unflatten(leaves), place=place))
 
 
-def all_to_all(tile: Tile, *, axis_name: str, attend: Callable = streaming.attend):
+def all_to_all(
+    tile: Tile, *, axis_name: str, rank: Rank = None, attend: Callable = streaming.attend
+):
     """Attention of some heads over all positions, sequences having been exchanged for heads.
 
     Operands have no query or key axis split: with a head axis they are those of the device's heads.
@@ -107,7 +119,7 @@ def all_to_all(tile: Tile, *, axis_name: str, attend: Callable = streaming.atten
         x = jnp.repeat(x, math.lcm(x.shape[1], count) // x.shape[1], 1)
         return jax.lax.all_to_all(x, axis_name, 1, 2, tiled=True)
 
-    first = jnp.reshape(jax.lax.axis_index(axis_name) * (heads // count), (1, 1, 1, 1))
+    first = jnp.reshape(parallel.rank_of(axis_name, rank) * (heads // count), (1, 1, 1, 1))
     q, k, v = map(to_heads, (tile.q, tile.k, tile.v))
     mask, mod = tile.mask, tile.score_mod
     mask = mask and Mask(_HeadsFrom(mask.predicate), (first, *mask.operands))
@@ -139,13 +151,14 @@ def across_devices(attend: Callable) -> Callable:
         axes = [2, 2, 2, *[None] * (1 + len(jax.tree.leaves(tile.score)))]
         axes += [_split_axis(found.mode, x) for x in leaves[len(axes) :]]
 
-        def local(leaves):
+        def local(rank, leaves):
+            where = dict(axis_name=found.axis, rank=rank)
             dealt = [
-                x if axis is None else deal(x, axis, order, found.axis)
+                x if axis is None else deal(x, axis, order, **where)
                 for x, axis in zip(leaves, axes)
             ]
-            results = run(treedef.unflatten(dealt), axis_name=found.axis)
-            return jax.tree.map(lambda x: undeal(x, 2, order, found.axis), results)
+            results = run(treedef.unflatten(dealt), **where)
+            return jax.tree.map(lambda x: undeal(x, 2, order, **where), results)
 
         specs = [P() if axis is None else P(*[None] * axis, found.axis) for axis in axes]
         return found.shard_map(local, (specs,), P(None, None, found.axis))(leaves)
@@ -212,18 +225,18 @@ class Ring:
             for x, role in zip(leaves, self.roles)
         ]
 
-    def part(self, leaves, rank) -> Tile:
-        """The queries of this device against the keys of device `rank`."""
+    def part(self, leaves, own, rank) -> Tile:
+        """The queries of device `own` against the keys of device `rank`."""
         tile = self.treedef.unflatten(self.columns(leaves, rank))
-        place = _place(jax.lax.axis_index(self.axis_name), rank, self.layout, self.layout)
+        place = _place(own, rank, self.layout, self.layout)
         if tile.normalizer.silent is not None:
             tile = dataclasses.replace(tile, normalizer=_KeysAlone(tile.normalizer))
         return dataclasses.replace(tile, place=place)
 
-    def changed(self, leaves, dots, stats, rank):
+    def changed(self, leaves, dots, stats, own, rank):
         """`streaming.change` of a part."""
         of_place = [None, None]
-        part, dots = self.part(leaves, rank), [*self.columns(dots, rank), *of_place]
+        part, dots = self.part(leaves, own, rank), [*self.columns(dots, rank), *of_place]
         return streaming.change(part, dots, stats)
 
     def visit(self, tile: Tile, function, carry):
@@ -234,17 +247,18 @@ class Ring:
         some, _ = tile.mask.tile(*tile.place.queries(ends), *tile.place.keys(ends))
         return function(carry) if some is True else jax.lax.cond(some, function, lambda c: c, carry)
 
-    def tour(self, moving, home, carry, step):
+    def tour(self, own, moving, home, carry, step):
         """Brings the keys of all devices in reach to this one, and what it makes of them home.
 
         Args:
+          own: the number of this device.
           moving: arrays of this device, which travel.
           home: zeros, which travel beside them and come back.
           carry: what stays.
           step: `step(rank, moving, home, carry)`, with the arrays of device `rank`, returns the new
             `home` and `carry`.
         """
-        rank, count = jax.lax.axis_index(self.axis_name), self.layout.shards
+        count = self.layout.shards
 
         def shift(arrays, by):
             pairs = [(n, (n + by) % count) for n in range(count)]
@@ -256,13 +270,13 @@ class Ring:
             def body(state, n):
                 moving, home, carry = state
                 following = shift(moving, way)  # under way while this step computes
-                home, carry = step((rank - way * n) % count, moving, home, carry)
+                home, carry = step((own - way * n) % count, moving, home, carry)
                 return (following, shift(home, way), carry), None
 
             state = shift(moving, way * first) if first else moving, home, carry
             if last > first:
                 state, _ = jax.lax.scan(body, state, jnp.arange(first, last))
-            result, carry = step((rank - way * last) % count, *state)
+            result, carry = step((own - way * last) % count, *state)
             return shift(result, -way * last) if last else result, carry
 
         result, carry = leg(0, self.back, 1, carry)
@@ -273,12 +287,12 @@ class Ring:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _ring(plan: Ring, leaves):
+def _ring(plan: Ring, own, leaves):
     tile = plan.treedef.unflatten(leaves)
     normalizer, fixed = tile.normalizer, plan.select(leaves, False)
 
     def step(rank, moving, home, carry):
-        part = plan.part(_either(fixed, moving), rank)
+        part = plan.part(_either(fixed, moving), own, rank)
 
         def add(carry):
             (out, old), (more, new) = carry, streaming.attend(part)
@@ -290,64 +304,66 @@ def _ring(plan: Ring, leaves):
 
     shape = (*tile.q.shape[:3], tile.v.shape[3])
     start = jnp.zeros(shape, accumulation_dtype(tile.q)), empty_stats(tile)
-    return plan.tour(plan.select(leaves, True), (), varying(start, leaves), step)[1]
+    return plan.tour(own, plan.select(leaves, True), (), varying(start, leaves), step)[1]
 
 
 @functools.partial(_ring.defjvp, symbolic_zeros=True)
 def _ring_jvp(plan: Ring, primals, tangents):
     """A linear map that goes round the ring, whose transpose goes round it too."""
-    (leaves,), (dots,) = primals, tangents
-    out, stats = _ring(plan, leaves)
+    (own, leaves), (_, dots) = primals, tangents
+    out, stats = _ring(plan, own, leaves)
     still = jax.custom_derivatives.SymbolicZero
     dots = [None if isinstance(dot, still) else dot.astype(out.dtype) for dot in dots]
     moves = tuple(dot is not None for dot in dots)
     maps = functools.partial(_change, plan), functools.partial(_pull, plan, moves)
-    return (out, stats), linear_call(*maps, (leaves, out, stats), varying(dots, leaves))
+    # `linear_call` wants all of its linear arguments to be unknown, or none.
+    dots = jax.lax.optimization_barrier(varying(dots, leaves))
+    return (out, stats), linear_call(*maps, (own, leaves, out, stats), dots)
 
 
 def _change(plan: Ring, known, dots):
     """The tangents of the output and of the statistics."""
-    leaves, out, stats = known
+    own, leaves, out, stats = known
 
     def step(rank, moving, home, carry):
         every = map(_either, (plan.select(leaves, False), plan.select(dots, False)), moving)
         primal, tangent = every
 
         def add(carry):
-            return jax.tree.map(jnp.add, carry, plan.changed(primal, tangent, stats, rank))
+            return jax.tree.map(jnp.add, carry, plan.changed(primal, tangent, stats, own, rank))
 
-        return home, plan.visit(plan.part(primal, rank), add, carry)
+        return home, plan.visit(plan.part(primal, own, rank), add, carry)
 
     moving = plan.select(leaves, True), plan.select(dots, True)
     start = varying(jax.tree.map(jnp.zeros_like, (out, stats)), leaves)
-    _, terms = plan.tour(moving, (), start, step)
+    _, terms = plan.tour(own, moving, (), start, step)
     return streaming.close(plan.treedef, leaves, dots, out, stats, terms)
 
 
 def _pull(plan: Ring, moves, known, cotangents):
     """The transpose of `_change` for the leaves that move."""
-    leaves, out, stats = known
+    own, leaves, out, stats = known
     zeros = [jnp.zeros(x.shape, out.dtype) if moved else None for x, moved in zip(leaves, moves)]
     zeros = varying(zeros, leaves)
 
     def closing(dots, terms):
         return streaming.close(plan.treedef, leaves, dots, out, stats, terms)
 
-    own, terms = jax.linear_transpose(closing, zeros, (out, stats))(cotangents)
+    staying, terms = jax.linear_transpose(closing, zeros, (out, stats))(cotangents)
 
     def step(rank, moving, home, carry):
         primal = _either(plan.select(leaves, False), moving)
 
         def add(carry):
-            pull = jax.linear_transpose(lambda d: plan.changed(primal, d, stats, rank), zeros)
-            (more,) = pull(terms)
+            change = functools.partial(plan.changed, primal, stats=stats, own=own, rank=rank)
+            (more,) = jax.linear_transpose(change, zeros)(terms)
             more = plan.select(more, True), plan.select(more, False)
             return jax.tree.map(jnp.add, carry, more)
 
-        return plan.visit(plan.part(primal, rank), add, (home, carry))
+        return plan.visit(plan.part(primal, own, rank), add, (home, carry))
 
-    travelling, staying = plan.select(zeros, True), plan.select(own, False)
-    return _either(*plan.tour(plan.select(leaves, True), travelling, staying, step))
+    home, staying = plan.select(zeros, True), plan.select(staying, False)
+    return _either(*plan.tour(own, plan.select(leaves, True), home, staying, step))
 
 
 def _either(first, second):

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.recurrence import definition
+from attn_kernels.recurrence import definition, parallel
 from attn_kernels.recurrence.chunked import chunked
 from attn_kernels.recurrence.segments import apart
 from attn_kernels.varying import varying_like
@@ -81,12 +81,16 @@ def linear_attention(
     if segment_ids is not None:
         arrays = apart(segment_ids, *arrays)
     arrays = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), arrays)
-    if form == "recurrent" or (form == "auto" and q.shape[1] < SHORT):
-        out, state = definition.recurrent(*arrays, state)
-    elif form == "parallel":
-        out, state = definition.parallel(*arrays, state)
-    else:
-        out, state = chunked(*arrays, state, chunk_size, sub_chunk_size)
+
+    def run(arrays, state):
+        if form == "recurrent" or (form == "auto" and q.shape[1] < SHORT):
+            return definition.recurrent(*arrays, state)
+        if form == "parallel":
+            return definition.parallel(*arrays, state)
+        return chunked(*arrays, state, chunk_size, sub_chunk_size)
+
+    run = parallel.over_devices(parallel.linear, run, jax.tree.map(lambda x: 2, arrays), q.shape[1])
+    out, state = run(arrays, state)
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
     return (out, state) if return_state else out
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn_kernels.recurrence import parallel
 from attn_kernels.recurrence.decay import decayed
 from attn_kernels.varying import varying_like
 
@@ -54,30 +55,38 @@ def diagonal_recurrence(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     arrays, state = _checked(x, log_decay, write, read, initial_state)
-    fixed = {name: a for name, a in arrays.items() if jnp.ndim(a) < 3}
+    axes = {name: 1 if a.ndim > 2 else -1 for name, a in arrays.items()}
+    run = functools.partial(_run, form=form, chunk_size=chunk_size)
+    run = parallel.over_devices(parallel.diagonal, run, axes, x.shape[1])
+    y, state = run(arrays, state)
+    y = y.astype(x.dtype)
+    return (y, state) if return_state else y
+
+
+def _run(arrays, state, *, form, chunk_size):
+    """The outputs `[B, T, C]` and the last state."""
+    fixed = {name: a for name, a in arrays.items() if a.ndim < 3}
     steps = {name: a for name, a in arrays.items() if name not in fixed}
-    length = x.shape[1]
+    batch, length, _ = steps["x"].shape
     if form == "recurrent" or (form == "auto" and length < SHORT):
         steps = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), steps)
         state, y = jax.lax.scan(functools.partial(_step, fixed), state, steps)
-        y = jnp.moveaxis(y, 0, 1)
-    else:
-        size = length if form == "associative" else min(chunk_size, length)
-        whole = length - length % size
+        return jnp.moveaxis(y, 0, 1), state
+    size = length if form == "associative" else min(chunk_size, length)
+    whole = length - length % size
 
-        def cut(a):
-            a = a[:, :whole].reshape(a.shape[0], -1, size, *a.shape[2:])
-            return jnp.moveaxis(a, 1, 0)
+    def cut(a):
+        a = a[:, :whole].reshape(a.shape[0], -1, size, *a.shape[2:])
+        return jnp.moveaxis(a, 1, 0)
 
-        tree = functools.partial(_tree, fixed)
-        body = tree if size == length else jax.checkpoint(tree, prevent_cse=False)
-        state, y = jax.lax.scan(body, state, jax.tree.map(cut, steps))
-        y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole, -1)
-        if whole < length:
-            state, rest = tree(state, jax.tree.map(lambda a: a[:, whole:], steps))
-            y = jnp.concatenate([y, rest], 1)
-    y = y.astype(x.dtype)
-    return (y, state) if return_state else y
+    tree = functools.partial(_tree, fixed)
+    body = tree if size == length else jax.checkpoint(tree, prevent_cse=False)
+    state, y = jax.lax.scan(body, state, jax.tree.map(cut, steps))
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, whole, -1)
+    if whole < length:
+        state, rest = tree(state, jax.tree.map(lambda a: a[:, whole:], steps))
+        y = jnp.concatenate([y, rest], 1)
+    return y, state
 
 
 def _step(fixed, state, step):
