@@ -27,6 +27,7 @@ from attn_lab.ops.moving_average import *
 from attn_lab.ops.normalizers import *
 from attn_lab.ops.normed import *
 from attn_lab.ops.pairs import *
+from attn_lab.ops.parallel import *
 from attn_lab.ops.patterns import *
 from attn_lab.ops.positions import *
 from attn_lab.ops.quadrature import *

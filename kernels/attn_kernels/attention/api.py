@@ -65,13 +65,20 @@ def attention(
     attend = IMPLEMENTATIONS[implementation or "xla"]
     if implementation != "definition":
         attend = across_devices(attend)
+    return outputs(tile, attend, v.dtype, return_stats)
+
+
+def outputs(tile: Tile, attend, dtype, return_stats: bool):
+    """What `attention` returns, by an implementation."""
     out, stats = settle(tile, attend)
-    out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
+    out = jnp.swapaxes(out, 1, 2).astype(dtype)
     if not return_stats:
         return out
-    report = normalizer.report(stats)
+    report = tile.normalizer.report(stats)
     if report is None:
-        raise ValueError(f"return_stats: {normalizer} has no statistics; drop it or use softmax")
+        raise ValueError(
+            f"return_stats: {tile.normalizer} has no statistics; drop it or use softmax"
+        )
     return out, jnp.swapaxes(report, 1, 2)[..., 0]
 
 

@@ -114,13 +114,8 @@ def all_to_all(
     count, heads = jax.lax.axis_size(axis_name), tile.q.shape[1]
     if heads % count:
         raise ValueError(f"all_to_all over {count} devices needs them to divide the {heads} heads")
-
-    def to_heads(x):
-        x = jnp.repeat(x, math.lcm(x.shape[1], count) // x.shape[1], 1)
-        return jax.lax.all_to_all(x, axis_name, 1, 2, tiled=True)
-
     first = jnp.reshape(parallel.rank_of(axis_name, rank) * (heads // count), (1, 1, 1, 1))
-    q, k, v = map(to_heads, (tile.q, tile.k, tile.v))
+    q, k, v = (to_heads(x, 1, 2, axis_name) for x in (tile.q, tile.k, tile.v))
     mask, mod = tile.mask, tile.score_mod
     mask = mask and Mask(_HeadsFrom(mask.predicate), (first, *mask.operands))
     mod = mod and ScoreMod(_ModHeadsFrom(mod.function), (first, *mod.operands))
@@ -129,6 +124,16 @@ def all_to_all(
         jax.lax.all_to_all, axis_name=axis_name, split_axis=2, concat_axis=1, tiled=True
     )
     return jax.tree.map(back, (out, stats))
+
+
+def to_heads(x: jax.Array, heads: int, sequence: int, axis_name: str) -> jax.Array:
+    """All positions of some heads for some positions of all heads, whose axes are given.
+
+    Heads that the devices do not divide are repeated, as often as it takes.
+    """
+    count = jax.lax.axis_size(axis_name)
+    x = jnp.repeat(x, math.lcm(x.shape[heads], count) // x.shape[heads], heads)
+    return jax.lax.all_to_all(x, axis_name, heads, sequence, tiled=True)
 
 
 def across_devices(attend: Callable) -> Callable:
