@@ -194,7 +194,7 @@ def reach(mask: Mask | None, layout: Layout) -> tuple[int, int]:
         some = np.broadcast_to(np.asarray(some), (shards, shards))
     needed = [s for s in ranks[1:] if some[ranks, ranks - s].any()]
     stops = [0, *needed, shards]
-    gap = max(itertools.pairwise(stops), key=lambda pair: pair[1] - pair[0])
+    gap = max(itertools.pairwise(stops), key=lambda ends: (ends[1] - ends[0], ends[0]))
     return int(gap[0]), shards - int(gap[1])
 
 
