@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ class SequenceParallel:
     mode: str
     axis: str
     order: str
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
 
     @property
     def devices(self) -> int:
@@ -44,18 +47,28 @@ class SequenceParallel:
         parts = {"contiguous": count, "zigzag": 2 * count, "striped": count**2}[order]
         return len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > count
 
-    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    def dividing(self, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+        """Those of the axes that together divide a size, taken in order."""
+        chosen: tuple[str, ...] = ()
+        for axis in axes:
+            parts = math.prod(self.mesh.shape[name] for name in (*chosen, axis))
+            chosen += (axis,) if size % parts == 0 else ()
+        return chosen
+
+    def shard_map(
+        self, function: Callable, in_specs: Any, out_specs: Any, alone: bool = True
+    ) -> Callable:
         """`function(rank, ...)` on every device's part along the axis, `rank` being its number.
 
-        Other axes of the mesh are left to the compiler, which is why the number is an argument: it
-        does not compile `axis_index` beside them everywhere.
+        If it is split `alone`, other axes of the mesh are left to the compiler, which is why the
+        number is an argument: it does not compile `axis_index` beside them everywhere.
         """
         sharded = jax.shard_map(
             lambda ranks, *args: function(ranks[0], *args),
             mesh=self.mesh,
             in_specs=(PartitionSpec(self.axis), *in_specs),
             out_specs=out_specs,
-            axis_names={self.axis},
+            axis_names={self.axis} if alone else set(self.mesh.axis_names),
         )
         return jax.jit(functools.partial(sharded, jnp.arange(self.devices, dtype=jnp.int32)))
 
@@ -72,14 +85,21 @@ _current: contextvars.ContextVar[SequenceParallel | None] = contextvars.ContextV
 
 @contextlib.contextmanager
 def sequence_parallel(
-    mesh: Mesh, mode: str = "ring", axis: str = "seq", order: str = "contiguous"
+    mesh: Mesh,
+    mode: str = "ring",
+    axis: str = "seq",
+    order: str = "contiguous",
+    *,
+    batch: tuple[str, ...] = ("data", "fsdp"),
+    heads: tuple[str, ...] = ("tensor",),
 ) -> Iterator[None]:
     """Runs `attention`, `linear_attention` and `diagonal_recurrence` over a mesh axis.
 
     It is read while a function is traced, so it belongs inside the function that is jitted. Arrays
     keep their meaning and their natural order; every length that the axis divides (with T = S, and
-    two positions a device at least) is split over it by a `jax.shard_map` which leaves all other
-    axes to the compiler. Everything else, and all else in a model, is left to the compiler.
+    two positions a device at least) is split over it by a `jax.shard_map`. Recurrences leave all
+    other axes to the compiler; attention is split by `batch` and `heads` as well, as far as these
+    divide. Everything else in a model is left to the compiler.
 
     Args:
       mesh: the mesh; an axis of size 1 changes nothing.
@@ -89,6 +109,8 @@ def sequence_parallel(
       axis: the name of the axis.
       order: which positions a device works on: "contiguous", or, balanced for causal masks,
         "zigzag" or "striped", which costs an exchange of q, k, v and of the output.
+      batch, heads: the axes over which rows of the batch and heads are spread; those that the mesh
+        lacks do not count.
 
     Raises:
       ValueError: if the mode, the axis or the order is unknown.
@@ -100,7 +122,10 @@ def sequence_parallel(
     ):
         if given not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
-    token = _current.set(SequenceParallel(mesh, mode, axis, order))
+    others = (
+        tuple(a for a in axes if a in mesh.axis_names and a != axis) for axes in (batch, heads)
+    )
+    token = _current.set(SequenceParallel(mesh, mode, axis, order, *others))
     try:
         yield
     finally:

@@ -114,12 +114,9 @@ def all_to_all(
     count, heads = jax.lax.axis_size(axis_name), tile.q.shape[1]
     if heads % count:
         raise ValueError(f"all_to_all over {count} devices needs them to divide the {heads} heads")
-    first = jnp.reshape(parallel.rank_of(axis_name, rank) * (heads // count), (1, 1, 1, 1))
+    first = parallel.rank_of(axis_name, rank) * (heads // count)
     q, k, v = (to_heads(x, 1, 2, axis_name) for x in (tile.q, tile.k, tile.v))
-    mask, mod = tile.mask, tile.score_mod
-    mask = mask and Mask(_HeadsFrom(mask.predicate), (first, *mask.operands))
-    mod = mod and ScoreMod(_ModHeadsFrom(mod.function), (first, *mod.operands))
-    out, stats = attend(dataclasses.replace(tile, q=q, k=k, v=v, mask=mask, score_mod=mod))
+    out, stats = attend(dataclasses.replace(_numbered(tile, 0, first), q=q, k=k, v=v))
     back = functools.partial(
         jax.lax.all_to_all, axis_name=axis_name, split_axis=2, concat_axis=1, tiled=True
     )
@@ -152,9 +149,27 @@ def across_devices(attend: Callable) -> Callable:
     def over(tile):
         if not found.splits(tile.q.shape[2], tile.k.shape[2], order=order):
             return attend(tile)
-        leaves, treedef = jax.tree.flatten(tile)
+        batch, heads = tile.q.shape[:2]
+        over_batch = found.dividing(found.batch, batch)
+        over_heads = () if tile.score is not None else found.dividing(found.heads, heads)
+        count = math.prod(found.mesh.shape[axis] for axis in over_heads)
+        k, v = (
+            jnp.repeat(x, math.lcm(x.shape[1], count) // x.shape[1], 1) for x in (tile.k, tile.v)
+        )
+        leaves, treedef = jax.tree.flatten(dataclasses.replace(tile, k=k, v=v))
         axes = [2, 2, 2, *[None] * (1 + len(jax.tree.leaves(tile.score)))]
-        axes += [_split_axis(found.mode, x) for x in leaves[len(axes) :]]
+        whole = P(over_batch, over_heads, found.axis)
+        specs = [P() if axis is None else whole for axis in axes]
+        for x in leaves[len(axes) :]:
+            axis = next((n for n in (2, 3) if x.shape[n] > 1), None)
+            spec = [over_batch, over_heads, None, None]
+            if found.mode == "all_to_all":
+                axis, spec[1] = None, (*over_heads, found.axis)
+            spec = [names if x.shape[n] > 1 else None for n, names in enumerate(spec)]
+            if axis is not None:
+                spec[axis] = found.axis
+            axes.append(axis)
+            specs.append(P(*spec))
 
         def local(rank, leaves):
             where = dict(axis_name=found.axis, rank=rank)
@@ -162,20 +177,30 @@ def across_devices(attend: Callable) -> Callable:
                 x if axis is None else deal(x, axis, order, **where)
                 for x, axis in zip(leaves, axes)
             ]
-            results = run(treedef.unflatten(dealt), **where)
+            part = treedef.unflatten(dealt)
+            firsts = [
+                jax.lax.axis_index(names) * size if names else 0
+                for names, size in zip((over_batch, over_heads), part.q.shape)
+            ]
+            results = run(_numbered(part, *firsts), **where)
             return jax.tree.map(lambda x: undeal(x, 2, order, **where), results)
 
-        specs = [P() if axis is None else P(*[None] * axis, found.axis) for axis in axes]
-        return found.shard_map(local, (specs,), P(None, None, found.axis))(leaves)
+        # Nothing is left to the compiler: exchanges of its own could end up in branches that only
+        # some of the devices take.
+        return found.shard_map(local, (specs,), whole, alone=False)(leaves)
 
     return over
 
 
-def _split_axis(mode, x):
-    """The axis along which devices share an operand."""
-    if mode == "all_to_all":
-        return 1 if x.shape[1] > 1 else None
-    return next((axis for axis in (2, 3) if x.shape[axis] > 1), None)
+def _numbered(tile: Tile, batch, head) -> Tile:
+    """A tile whose first row and head have these numbers for its mask and modification."""
+    firsts = tuple(jnp.full((1, 1, 1, 1), first, jnp.int32) for first in (batch, head))
+    mask, mod = tile.mask, tile.score_mod
+    if mask is not None:
+        mask = Mask(_MaskFrom(mask.predicate), (*firsts, *mask.operands))
+    if mod is not None:
+        mod = ScoreMod(_ModFrom(mod.function), (*firsts, *mod.operands))
+    return dataclasses.replace(tile, mask=mask, score_mod=mod)
 
 
 def reach(mask: Mask | None, layout: Layout) -> tuple[int, int]:
@@ -426,23 +451,23 @@ class _KeysAlone(Normalizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class _HeadsFrom:
-    """A predicate whose first operand is the number of the first head."""
+class _MaskFrom:
+    """A predicate whose first operands are the numbers of the first row of the batch and head."""
 
     function: Callable
 
-    def __call__(self, b, h, q_index, k_index, first, *operands):
-        return self.function(b, h + first, q_index, k_index, *operands)
+    def __call__(self, b, h, q_index, k_index, batch, head, *operands):
+        return self.function(b + batch, h + head, q_index, k_index, *operands)
 
     def tile(self, *ranges):
         return Mask(self.function).tile(*ranges)
 
 
 @dataclasses.dataclass(frozen=True)
-class _ModHeadsFrom:
-    """A score modification whose first operand is the number of the first head."""
+class _ModFrom:
+    """A score modification with the first operands of `_MaskFrom`."""
 
     function: Callable
 
-    def __call__(self, score, b, h, q_index, k_index, first, *operands):
-        return self.function(score, b, h + first, q_index, k_index, *operands)
+    def __call__(self, score, b, h, q_index, k_index, batch, head, *operands):
+        return self.function(score, b + batch, h + head, q_index, k_index, *operands)
