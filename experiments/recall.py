@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -233,10 +234,13 @@ def best_runs(runs: Iterable[Run]) -> list[Run]:
 
 def table(runs: Sequence[Run]) -> str:
     """The best run of every mixer and width."""
-    lines = [f"\n{'mixer':26} {'width':>5} {'rate':>9} {'state, bytes':>13} {'steps':>6} accuracy"]
+    pad = max(26, *(len(run.mixer) for run in runs))
+    lines = [
+        f"\n{'mixer':{pad}} {'width':>5} {'rate':>9} {'state, bytes':>13} {'steps':>6} accuracy"
+    ]
     for run in best_runs(runs):
         lines.append(
-            f"{run.mixer:26} {run.width:5} {run.learning_rate:9.2e} {run.state_bytes:13,} "
+            f"{run.mixer:{pad}} {run.width:5} {run.learning_rate:9.2e} {run.state_bytes:13,} "
             f"{run.steps:6} {run.accuracy:8.3f}"
         )
     return "\n".join(lines)
@@ -247,10 +251,11 @@ def plot(runs: Sequence[Run], path: Path, chance: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    names = list(dict.fromkeys(run.mixer for run in runs))
+    columns = math.ceil(len(names) / 16)
+    figure = Figure(figsize=(9 + 2 * columns, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    names = list(dict.fromkeys(run.mixer for run in runs))
     for n, name in enumerate(names):
         colour, marker = f"C{n % 10}", "osD^vPX*"[n % 8]
         own = sorted((r for r in best_runs(runs) if r.mixer == name), key=lambda r: r.state_bytes)
@@ -268,7 +273,9 @@ def plot(runs: Sequence[Run], path: Path, chance: float) -> None:
     right.set(xscale="log", xlim=(min(sizes) / 3, max(sizes) * 3))
     right.xaxis.set_minor_formatter("")
     right.set(xlabel="state for decoding, bytes", title="Best recall against memory")
-    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    small = "medium" if columns == 1 else "small"
+    beside = dict(loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
+    right.legend(frameon=False, fontsize=small, **beside)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -13,7 +13,7 @@
   64. Published, at equal state: delta rules above gated linear attention above sliding windows.
 - recurrent: every mixer that carries a state instead of all keys, and softmax beside them, on the
   task of `quick`: a gated short convolution, then the mixer, 400 steps each. The state is counted
-  at length 1024.
+  at length 1024. 40 minutes on 2 CPU cores.
 
 `--config.mixers=a,b` takes any names of `config.models` or `attn_lab.nn.MIXERS`;
 `--config.widths="(64, 128)"` and `--config.learning_rates="(1e-3,)"` narrow or widen the sweep. The
