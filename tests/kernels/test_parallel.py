@@ -157,7 +157,7 @@ def results(function, arrays, choice=None):
         return sum(jnp.sin(x).mean() for x in jax.tree.leaves(out)), out
 
     def run(arrays):
-        slopes = jax.value_and_grad(loss, has_aux=True)
+        slopes = jax.grad(loss, has_aux=True)
         if choice is None:
             return slopes(arrays)
         with sequence_parallel(eight(), **choice):
