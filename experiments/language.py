@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from attn_lab.data.text import Text, load_text, load_tokens
 from attn_lab.models import DecoderLM, generate
 from attn_lab.training import (
-    FSDP,
+    PARALLEL,
     Result,
     compute_dtype,
     cross_entropy,
@@ -104,7 +104,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         checkpoint_every=config.checkpoint_every,
         accumulate=config.accumulate,
         mesh=make_mesh(**config.mesh.to_dict()),
-        rules=FSDP,
+        rules=PARALLEL,
+        sequence=config.sequence,
         unit=("tokens", config.batch_size * config.length),
     )
     results = summarize(result, text)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from attn_lab.data import Images, augment, load_cifar10, load_mnist, load_tfds, steps_per_epoch
 from attn_lab.models import CompactTransformer
 from attn_lab.training import (
-    FSDP,
+    PARALLEL,
     Sums,
     compute_dtype,
     cross_entropy,
@@ -137,7 +137,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         eval_every=every,
         checkpoint_every=every,
         mesh=make_mesh(**config.mesh.to_dict()),
-        rules=FSDP,
+        rules=PARALLEL,
+        sequence=config.sequence,
         unit=("images", size),
     )
     tested = [row for row in result.rows if "test/accuracy" in row]

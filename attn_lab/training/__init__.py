@@ -5,17 +5,26 @@ from attn_lab.training.loop import Result, fit
 from attn_lab.training.losses import Sums, cross_entropy
 from attn_lab.training.metrics import plot_metrics, read_metrics
 from attn_lab.training.optimizer import Optimizer, make_optimizer, make_schedule
-from attn_lab.training.sharding import FSDP, REPLICATED, make_mesh, shard_batch, state_sharding
+from attn_lab.training.sharding import (
+    FSDP,
+    PARALLEL,
+    REPLICATED,
+    make_mesh,
+    shard_batch,
+    state_sharding,
+)
 from attn_lab.training.step import (
     TrainState,
     compute_dtype,
     create_state,
     evaluate,
     make_train_step,
+    over_sequences,
 )
 
 __all__ = [
     "FSDP",
+    "PARALLEL",
     "REPLICATED",
     "Optimizer",
     "Result",
@@ -31,6 +40,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
+    "over_sequences",
     "plot_metrics",
     "read_metrics",
     "run_main",

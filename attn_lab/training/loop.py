@@ -26,7 +26,13 @@ from attn_lab.training.sharding import (
     shard_batch,
     state_sharding,
 )
-from attn_lab.training.step import LossFn, create_state, evaluate, make_train_step
+from attn_lab.training.step import (
+    LossFn,
+    create_state,
+    evaluate,
+    make_train_step,
+    over_sequences,
+)
 
 MAX_PENDING = 64
 MUST_BE_FINITE = ("loss", "grad_norm", "param_norm")
@@ -64,6 +70,7 @@ def fit(
     accumulate: int = 1,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = REPLICATED,
+    sequence: str = "ring",
     unit: tuple[str, int] | None = None,
     progress_seconds: float = 5.0,
 ) -> Result:
@@ -100,6 +107,8 @@ def fit(
       accumulate: micro-batches per update; it divides the batch size.
       mesh: from `make_mesh`; None puts all devices on the axis "data".
       rules: sharding rules of the state, see `sharding.state_sharding`.
+      sequence: how sequences are shared where the mesh has an axis "seq" above 1, see
+        `step.over_sequences`.
       unit: what one update processes, such as `("tokens", 768)`, for the rates shown.
       progress_seconds: time between progress lines; 0 prints none.
 
@@ -112,6 +121,7 @@ def fit(
         on disk are from before it.
     """
     mesh = make_mesh() if mesh is None else mesh
+    loss_fn = over_sequences(loss_fn, mesh, sequence)
     evals = evals or {}
     graphdef, state = create_state(model, optimizer)
     shardings = state_sharding(state, mesh, rules)

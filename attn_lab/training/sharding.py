@@ -63,8 +63,28 @@ def shard_largest(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * largest, "fsdp")
 
 
+def split_axes(*names: str) -> Callable[[tuple[int, ...], Mesh], PartitionSpec]:
+    """A spec that splits axis n along the mesh axis `names[n]`, where that divides it."""
+
+    def spec(shape, mesh):
+        fits = (name if n % mesh.shape[name] == 0 else None for n, name in zip(shape, names))
+        return PartitionSpec(*fits)
+
+    return spec
+
+
 REPLICATED: Rules = ()
 FSDP: Rules = ((".*", shard_largest),)
+# Tensor parallelism (Shoeybi et al., Megatron-LM, 2019, arXiv 1909.08053) and FSDP along the other
+# axis: maps into heads and hidden units by columns, maps out of them by rows, words by rows.
+COLUMNS = r"(mlp/(up|gate)|mixer/(query|key|value|qkv|gate|output_gate|receptance))/kernel$"
+PARALLEL: Rules = (
+    (COLUMNS, split_axes("fsdp", "tensor")),
+    (r"(mlp/down|mixer/out)/kernel$", split_axes("tensor", "fsdp")),
+    (r"(^|/)embed$", split_axes("tensor", "fsdp")),
+    (r"(^|/)head/kernel$", split_axes("fsdp", "tensor")),
+    *FSDP,
+)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

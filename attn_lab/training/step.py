@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from attn_kernels.parallel import sequence_parallel
 from attn_lab.training.losses import Sums
 from attn_lab.training.optimizer import Optimizer
 
@@ -50,6 +51,24 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
     """Static part, parameters and other variables of a model, the last two as dictionaries."""
     graphdef, params, other = nnx.split(model, nnx.Param, ...)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(other)
+
+
+def over_sequences(loss_fn: LossFn, mesh: jax.sharding.Mesh, mode: str = "ring") -> LossFn:
+    """The loss whose attention and recurrences run over the axis "seq" of a mesh.
+
+    Args:
+      loss_fn: for `make_train_step` and `evaluate`.
+      mesh: from `make_mesh`; a "seq" of size 1 changes nothing.
+      mode: "ring", "all_to_all" or "allgather": see `attn_kernels.parallel.sequence_parallel`.
+    """
+    if mesh.shape["seq"] == 1:
+        return loss_fn
+
+    def over(model, batch, rngs):
+        with sequence_parallel(mesh, mode):
+            return loss_fn(model, batch, rngs)
+
+    return over
 
 
 def make_train_step(

@@ -70,7 +70,8 @@ def get_config(preset: str = "mnist") -> ConfigDict:
                 "weight_decay": 0.06,
                 "decay": "matrices",
             },
-            "mesh": {"data": -1, "fsdp": 1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
+            "sequence": "ring",
         }
     )
     if preset in NAMES:

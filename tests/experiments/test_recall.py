@@ -208,7 +208,7 @@ def test_presets_are_full_size():
     config = get_config("zoology_figure2_512")
     assert config.train == ((512, 64, 100_000),) and config.test == ((512, 64, 3_000),)
     assert config.batch_size == 128 and config.epochs == 64 and config.task.vocab == 8192
-    assert len(recall.sweep_points(config)) == 2 * 4 * 4
+    assert len(recall.sweep_points(config)) == 3 * 4 * 4
     assert config.learning_rates == zoology_figure2["learning_rates"]
     config = get_config("recall_memory")
     assert config.train == recall_memory["train"] and config.test == recall_memory["test"]

@@ -67,6 +67,77 @@ def test_eight_devices_make_the_same_update_as_one():
     subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, check=True)
 
 
+DECODER = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from attn_lab.models import DecoderLM
+from attn_lab.training import *
+
+jax.config.update("jax_default_matmul_precision", "highest")
+tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 33), 0, 96))
+batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+optimizer = Optimizer(*optax.sgd(1.0), lambda step: 1.0)
+
+def loss_fn(model, batch, rngs):
+    return cross_entropy(model(batch["inputs"], rngs=rngs)[0], batch["targets"])
+
+def train(mixer, arguments, mesh, rules):
+    model = DecoderLM(
+        vocab_size=96, width=32, num_layers=1, mixers=mixer, max_len=32, mlp="swiglu",
+        mixer_args={"num_heads": 4} | arguments, init_std=0.2, rngs=nnx.Rngs(0),
+    )
+    graphdef, state = create_state(model, optimizer)
+    shardings = state_sharding(state, mesh, rules)
+    state, placed = jax.device_put(state, shardings), shard_batch(batch, mesh)
+    step = make_train_step(
+        graphdef, over_sequences(loss_fn, mesh), optimizer, shardings=shardings
+    ).lower(state, placed).compile()
+    state, metrics = step(state, placed)
+    return jax.device_get((state.params, metrics)), state.params, step.as_text()
+
+cases = eval(sys.argv[1])
+for mixer, arguments, sizes in cases:
+    one, _, _ = train(mixer, arguments, make_mesh(devices=jax.devices()[:1]), ())
+    many, params, hlo = train(mixer, arguments, make_mesh(**sizes), PARALLEL)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), one, many)
+    up = params["blocks"][0]["mlp"]["up"]["kernel"]
+    split = 32 // sizes.get("fsdp", 1), 128 // sizes.get("tensor", 1)
+    assert up.addressable_shards[0].data.shape == split, up.sharding
+    gathers = [line for line in hlo.splitlines() if " all-gather(" in line]
+    assert not any(re.search(r"= f32\\[[0-9]+,[0-9]+,96\\]", line) for line in gathers), gathers
+"""
+MIXED = (
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=2, tensor=2, seq=2),
+    dict(data=1, fsdp=2, tensor=2, seq=2),
+)
+FEW = [
+    ("dot_product_attention", {}, MIXED[2]),
+    ("gated_delta_rule", {"head_dim": 8}, MIXED[1]),
+]
+EACH = (
+    dict(data=8),
+    dict(data=1, fsdp=8),
+    dict(data=2, tensor=4),
+    dict(data=2, seq=4),
+)
+MIXERS = (
+    ("dot_product_attention", {}),
+    ("dot_product_attention", {"window": 5}),
+    ("gated_linear_attention", {}),
+    ("gated_delta_rule", {"head_dim": 8}),
+)
+ALL = [(*mixer, sizes) for mixer in MIXERS for sizes in (*EACH, *MIXED)]
+
+
+@pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=len)
+def test_decoders_on_every_mesh_have_the_loss_and_gradients_of_one_device(cases):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", DECODER, repr(cases)], env=env, check=True)
+
+
 def test_mesh_sizes():
     mesh = make_mesh()
     assert mesh.axis_names == ("data", "fsdp", "tensor", "seq")
