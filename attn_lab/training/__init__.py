@@ -19,7 +19,7 @@ from attn_lab.training.step import (
     create_state,
     evaluate,
     make_train_step,
-    over_sequences,
+    on_mesh,
 )
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "make_train_step",
-    "over_sequences",
+    "on_mesh",
     "plot_metrics",
     "read_metrics",
     "run_main",

@@ -31,7 +31,7 @@ from attn_lab.training.step import (
     create_state,
     evaluate,
     make_train_step,
-    over_sequences,
+    on_mesh,
 )
 
 MAX_PENDING = 64
@@ -108,7 +108,7 @@ def fit(
       mesh: from `make_mesh`; None puts all devices on the axis "data".
       rules: sharding rules of the state, see `sharding.state_sharding`.
       sequence: how sequences are shared where the mesh has an axis "seq" above 1, see
-        `step.over_sequences`.
+        `step.on_mesh`.
       unit: what one update processes, such as `("tokens", 768)`, for the rates shown.
       progress_seconds: time between progress lines; 0 prints none.
 
@@ -121,7 +121,7 @@ def fit(
         on disk are from before it.
     """
     mesh = make_mesh() if mesh is None else mesh
-    loss_fn = over_sequences(loss_fn, mesh, sequence)
+    loss_fn = on_mesh(loss_fn, mesh, rules, sequence)
     evals = evals or {}
     graphdef, state = create_state(model, optimizer)
     shardings = state_sharding(state, mesh, rules)

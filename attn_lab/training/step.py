@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attn_kernels.parallel import sequence_parallel
 from attn_lab.training.losses import Sums
 from attn_lab.training.optimizer import Optimizer
+from attn_lab.training.sharding import REPLICATED, Rules, state_sharding
 
 LossFn = Callable[[nnx.Module, Any, nnx.Rngs | None], Sums]
 
@@ -53,22 +55,36 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(other)
 
 
-def over_sequences(loss_fn: LossFn, mesh: jax.sharding.Mesh, mode: str = "ring") -> LossFn:
-    """The loss whose attention and recurrences run over the axis "seq" of a mesh.
+def on_mesh(
+    loss_fn: LossFn, mesh: jax.sharding.Mesh, rules: Rules = REPLICATED, sequence: str = "ring"
+) -> LossFn:
+    """The loss as the devices of a mesh compute it: the same numbers.
+
+    Parameters that are split over "fsdp" are gathered where they are used, so that every device
+    computes on its own examples, and attention and recurrences run over the axis "seq".
 
     Args:
       loss_fn: for `make_train_step` and `evaluate`.
-      mesh: from `make_mesh`; a "seq" of size 1 changes nothing.
-      mode: "ring", "all_to_all" or "allgather": see `attn_kernels.parallel.sequence_parallel`.
+      mesh: from `make_mesh`.
+      rules: of the state, by which its parameters are split.
+      sequence: "ring", "all_to_all" or "allgather": see `attn_kernels.parallel.sequence_parallel`.
     """
-    if mesh.shape["seq"] == 1:
+    if mesh.size == 1:
         return loss_fn
 
-    def over(model, batch, rngs):
-        with sequence_parallel(mesh, mode):
+    def on(model, batch, rngs):
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        gathered = jax.tree.map(_without_fsdp, state_sharding(params, mesh, rules))
+        nnx.update(model, jax.lax.with_sharding_constraint(params, gathered))
+        with sequence_parallel(mesh, sequence):
             return loss_fn(model, batch, rngs)
 
-    return over
+    return on
+
+
+def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
+    spec = (None if axis == "fsdp" else axis for axis in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def make_train_step(
