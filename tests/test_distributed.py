@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from attn_kernels.attention import entmax
 from attn_kernels.parallel import sequence_parallel
 from attn_lab import distributed, ops
 from attn_lab.analysis import ring_load
@@ -220,6 +221,8 @@ def test_what_does_not_fit_is_refused():
         ops.ring_attention_reference(q, k, v, num_shards=4)
     with pytest.raises(ValueError, match="even length a device"):
         ops.ring_attention_reference(q, k, v, num_shards=2, layout="zigzag")
+    with pytest.raises(NotImplementedError, match="several passes"):
+        distributed.ring_attention(q, k, v, axis_name="seq", normalizer=entmax(1.5))
     with pytest.raises(ValueError, match="layout must be one of"):
         ring_load(2, 8, "spiral")
     with pytest.raises(ValueError, match=r"multiple of 2 \* 3"):

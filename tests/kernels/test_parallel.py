@@ -23,7 +23,7 @@ from attn_kernels.attention import (
     sigmoid,
     softmax_with_sink,
 )
-from attn_kernels.attention.parallel import reach
+from attn_kernels.attention.ring import reach
 from attn_kernels.layout import ORDERS, Layout
 from attn_kernels.parallel import sequence_parallel
 from attn_kernels.recurrence import diagonal_recurrence, linear_attention
