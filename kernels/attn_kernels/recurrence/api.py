@@ -6,12 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.recurrence import definition, parallel
+from attn_kernels.recurrence import definition, mosaic_tpu, parallel
 from attn_kernels.recurrence.chunked import chunked
 from attn_kernels.recurrence.segments import apart
 from attn_kernels.varying import varying_like
 
 FORMS = ("auto", "chunk", "recurrent", "parallel")
+IMPLEMENTATIONS = (None, "xla", "mosaic_tpu")
 SHORT = 8  # below, steps cost less than the matrices of a chunk
 
 
@@ -29,6 +30,7 @@ def linear_attention(
     form: str = "auto",
     chunk_size: int = 64,
     sub_chunk_size: int = 16,
+    implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal linear attention: a matrix that decays, is written by keys and read by queries.
 
@@ -60,20 +62,31 @@ def linear_attention(
         chunk). All are differentiable any number of times, in both modes.
       chunk_size: steps a chunk.
       sub_chunk_size: with decay per channel, the steps whose `[C, C, D]` products a chunk sums
-        outright; longer ones are matrix products.
+        outright; longer ones are matrix products. The TPU kernel has matrix products alone.
+      implementation: the program of the chunk form: "xla", "mosaic_tpu" (a Pallas kernel, for sums
+        in float32, D and Dv up to 256 and chunks of 8, 16, 32, 64 or 128 steps, differentiable once
+        in reverse mode; it runs in interpret mode on a CPU), or None for the kernel on a TPU where
+        it serves the call and XLA otherwise.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
       dtype of the sums.
 
     Raises:
-      ValueError: if shapes do not fit, or a form or size is unknown.
+      ValueError: if shapes do not fit, or a form, size or implementation is unknown.
+      NotImplementedError: if the named implementation cannot serve the call.
 
     Source: Katharopoulos et al., 2020, arXiv 2006.16236; Yang et al., 2023, arXiv 2312.06635;
     Yang et al., 2024, arXiv 2406.06484 and 2412.06464.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if implementation == "mosaic_tpu" and form not in ("auto", "chunk"):
+        raise NotImplementedError(f"the TPU kernel of linear_attention: it has no form {form!r}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None, 'xla' or 'mosaic_tpu', got {implementation!r}"
+        )
     for name, size in ("chunk_size", chunk_size), ("sub_chunk_size", sub_chunk_size):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
@@ -83,16 +96,28 @@ def linear_attention(
     arrays = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), arrays)
 
     def run(arrays, state):
-        if form == "recurrent" or (form == "auto" and q.shape[1] < SHORT):
+        if form == "recurrent" or (form == "auto" and not implementation and q.shape[1] < SHORT):
             return definition.recurrent(*arrays, state)
         if form == "parallel":
             return definition.parallel(*arrays, state)
+        if _kernel_serves(state, chunk_size, implementation):
+            return mosaic_tpu.chunked(*arrays, state, chunk_size)
         return chunked(*arrays, state, chunk_size, sub_chunk_size)
 
     run = parallel.over_devices(parallel.linear, run, jax.tree.map(lambda x: 2, arrays), q.shape[1])
     out, state = run(arrays, state)
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
     return (out, state) if return_state else out
+
+
+def _kernel_serves(state, chunk_size, implementation):
+    """Whether the TPU kernel computes the chunk form; a named one that cannot raises."""
+    if implementation == "xla" or (implementation is None and jax.default_backend() != "tpu"):
+        return False
+    reason = mosaic_tpu.refusal(state, chunk_size)
+    if reason and implementation:
+        raise NotImplementedError(f"the TPU kernel of linear_attention: {reason}")
+    return not reason
 
 
 def step(

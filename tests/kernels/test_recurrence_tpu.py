@@ -1,0 +1,141 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from attn_kernels.recurrence import linear_attention
+
+KINDS = [(decay, write) for decay in (None, "scalar", "channel") for write in ("add", "delta")]
+GATES = -np.inf, -1e4, -50, -1e-4, 0
+KERNEL = dict(implementation="mosaic_tpu", chunk_size=16)
+
+
+def inputs(decay, write, length, dtype=jnp.float32):
+    """Grouped heads, keys of norm 1 and, where there are gates, mixtures of all of them."""
+    rng = np.random.default_rng(length)
+
+    def normal(heads, dim):
+        return jnp.asarray(rng.normal(size=(1, length, heads, dim)), dtype)
+
+    k = normal(1, 5)
+    arrays = dict(q=normal(2, 5), k=k / jnp.linalg.norm(k, axis=-1, keepdims=True), v=normal(2, 3))
+    arrays["initial_state"] = jnp.asarray(rng.normal(size=(1, 2, 5, 3)), jnp.float32)
+    if decay:
+        shape = (1, length, 2, 5) if decay == "channel" else (1, length, 2)
+        gates = rng.choice(GATES, shape, p=(0.05, 0.05, 0.05, 0.5, 0.35))
+        arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
+    if write == "delta":
+        arrays["beta"] = jnp.asarray(rng.uniform(size=(1, length, 2)), dtype)
+    return arrays
+
+
+@functools.partial(jax.jit, static_argnames=("form", "implementation", "chunk_size"))
+def everything(arrays, segment_ids=None, **options):
+    """Output, last state and the gradients of every argument, with cotangents on both."""
+
+    def weigh(x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
+
+    def loss(arrays):
+        results = linear_attention(**arrays, segment_ids=segment_ids, return_state=True, **options)
+        return weigh(results[0]) + weigh(results[1]), results
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+def check(arrays, rounding, segment_ids=None):
+    """The kernel errs at most twice as much as the recurrence in the same precision."""
+    got = everything(arrays, segment_ids, **KERNEL)
+    base = everything(arrays, segment_ids, form="recurrent")
+    with jax.enable_x64(True):
+        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
+        exact = everything(high, segment_ids, form="recurrent")
+    for a, b, c in zip(*map(jax.tree.leaves, (got, base, exact)), strict=True):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound
+
+
+@pytest.mark.parametrize("decay, write", [("scalar", "delta"), ("channel", "add")])
+def test_error_budget(decay, write):
+    check(inputs(decay, write, 37), 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, rounding", [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-8)])
+@pytest.mark.parametrize("length", [1, 7, 37])
+@pytest.mark.parametrize("decay, write", KINDS)
+def test_error_budget_of_all_kinds(decay, write, length, dtype, rounding):
+    check(inputs(decay, write, length, dtype), rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay, write", KINDS)
+def test_segments(decay, write):
+    ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] * 1 + [2] * 16 + [-1] * 1 + [0] * 8])
+    check(inputs(decay, write, 37), 2e-6, ids)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(chunk_size=24), "power of two"),
+        (dict(form="parallel"), "form"),
+        (dict(v=jnp.ones((1, 7, 2, 257)), initial_state=None), "at most 256"),
+    ],
+)
+def test_refusals(change, match):
+    call = {**inputs(None, "add", 7), **KERNEL, **change}
+    with pytest.raises(NotImplementedError, match=match):
+        linear_attention(**call)
+
+
+def temporaries(topology, decay, write, dim, length, dtype):
+    """Bytes a head that the gradient takes on a TPU."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    heads = 2
+    steps = 1, length, heads
+    arrays = dict(q=array(*steps, dim), k=array(*steps, dim), v=array(*steps, 128))
+    if decay:
+        shape = (*steps, dim) if decay == "channel" else steps
+        arrays["log_decay"] = array(*shape, dtype=jnp.float32)
+    if write == "delta":
+        arrays["beta"] = array(*steps)
+
+    @jax.jit
+    def gradient(arrays):
+        def loss(arrays):
+            out, state = linear_attention(**arrays, return_state=True, implementation="mosaic_tpu")
+            return (out.astype(jnp.float32) ** 2).sum() + (state**2).sum()
+
+        return jax.grad(loss)(arrays)
+
+    compiled = gradient.lower(arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / heads
+
+
+ALL = [(*kind, dim, jnp.bfloat16) for kind in KINDS for dim in (64, 128)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("decay, write, dim, dtype", [*ALL, ("channel", "delta", 128, jnp.float32)])
+def test_compiles_for_tpus_in_memory_linear_in_length(
+    monkeypatch, topology, decay, write, dim, dtype
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    short, long = 16384, 32768
+    sizes = [temporaries(topology, decay, write, dim, length, dtype) for length in (short, long)]
+    growth = (sizes[1] - sizes[0]) / (long - short)
+    states = 4 * dim * 128  # bytes of the state of one step
+    assert 0 < growth < states / 4
+    assert sizes[1] / long < states / 4
