@@ -222,3 +222,38 @@ def test_two_processes_train_one_model(tmp_path):
     alone = run(None, stop=lambda row: row["step"] >= 20).rows
     for row, expected in zip(first[0], alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
+
+
+EIGHT_THEN_FEWER = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from tests.training.tiny import run
+from attn_lab.training import FSDP, make_mesh
+
+rules = (("up/kernel", P("fsdp", "tensor")), ("down/kernel", P("tensor", "fsdp")), *FSDP)
+
+def until(step, *sizes, devices):
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)), devices=devices)
+    at = lambda row: row["step"] >= step
+    return run(sys.argv[1], mesh=mesh, rules=rules, stop=at, config={})
+
+devices = jax.devices()
+assert len(devices) == 8
+until(10, 1, 4, 2, devices=devices)
+until(20, 1, 2, 1, devices=devices[:2])
+until(30, 1, 1, 2, devices=devices[2:4])
+last = until(40, 1, 1, 1, devices=devices[:1])
+assert last.step == 40
+alone = run(None, stop=lambda row: row["step"] >= 40).rows
+for row, expected in zip(last.rows, alone, strict=True):
+    for name in expected:
+        np.testing.assert_allclose(row[name], expected[name], rtol=1e-3, err_msg=name)
+"""
+
+
+def test_a_run_goes_on_with_other_numbers_of_devices(tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", EIGHT_THEN_FEWER, str(tmp_path)], env=env, check=True)
