@@ -70,6 +70,7 @@ class DecoderLM(nnx.Module):
       tied: whether the head is the embedding's transpose.
       dropout: rate after the embedding.
       residual_dropout: rate before each residual addition.
+      remat: whether the backward pass computes each block again instead of keeping its inside.
       init_std: of the normal initialiser of all kernels; those that write to the residual stream
         have `init_std / sqrt(2 L)`.
       dtype: of the computation; None is that of the parameters. Logits are float32.
@@ -99,6 +100,7 @@ class DecoderLM(nnx.Module):
         tied: bool = True,
         dropout: float = 0.0,
         residual_dropout: float = 0.0,
+        remat: bool = False,
         init_std: float = 0.02,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -126,6 +128,7 @@ class DecoderLM(nnx.Module):
         )
         self.width, self.dropout, self.tied = width, dropout, tied
         self.max_len = max_len if positions else None
+        self.remat = remat
         embedding = nnx.initializers.normal(init_std)
         self.embed = build.param((vocab_size, width), embedding)
         self.position = build.param((max_len, width), embedding) if positions else nnx.data(None)
@@ -210,7 +213,10 @@ class DecoderLM(nnx.Module):
                 if name in out:
                     out[name].append(read(block.mixer_norm(x), segment_ids=segment_ids))
             state = None if cache is None else cache["layers"][depth]
-            x, state = block(x, segment_ids=segment_ids, cache=state, rngs=rngs)
+            if self.remat and cache is None:
+                x = _recomputed(block, x, segment_ids, rngs)
+            else:
+                x, state = block(x, segment_ids=segment_ids, cache=state, rngs=rngs)
             new.append(state)
             note(x)
         if at is not None:
@@ -236,6 +242,11 @@ class DecoderLM(nnx.Module):
     def state_bytes(self, length: int) -> int:
         """Bytes that decoding keeps for one sequence of that length, at 4 bytes a number."""
         return sum(block.mixer.state_bytes(length) for block in self.blocks)
+
+
+@nnx.remat
+def _recomputed(block, x, segment_ids, rngs):
+    return block(x, segment_ids=segment_ids, rngs=rngs)[0]
 
 
 def _positions_in_segments(segment_ids: jax.Array) -> jax.Array:

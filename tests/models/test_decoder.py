@@ -57,6 +57,29 @@ def test_identity_mlp_adds_the_norm_to_the_stream():
     close(block(x)[0], middle + block.mlp_norm(middle))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputed_blocks_have_the_same_gradients(dropout):
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 7)
+
+    def gradients(remat):
+        arguments = dict(vocab_size=7, width=8, num_layers=2, max_len=8, residual_dropout=dropout)
+        model = DecoderLM(**arguments, remat=remat, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model)
+
+        def loss(params):
+            logits, _ = nnx.merge(graphdef, params)(tokens, rngs=nnx.Rngs(3))
+            return (logits**2).sum()
+
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+        return lowered.cost_analysis()["flops"], lowered.compile()(params)
+
+    (few, kept), (more, recomputed) = map(gradients, (False, True))
+    assert few < more
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), kept, recomputed
+    )
+
+
 def test_parameter_counts():
     """GPT-2's 124M: 12 layers of width 768, tied."""
 
