@@ -77,6 +77,10 @@ def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir:
     `--config.KEY=VALUE` changes one key of it and `--workdir=DIR` says where results go. Bad input
     ends the program with one line on stderr and status 1; `--verbosity=1` adds the traceback.
 
+    Several hosts run one program if all are started with `--distributed`, which finds the others on
+    TPU pods, under SLURM and Open MPI, or with `--coordinator=HOST:PORT --processes=N
+    --process_id=I`. They share the workdir.
+
     Args:
       train: the experiment.
       config_file: the default of `--config`.
@@ -89,6 +93,10 @@ def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir:
             "config", str(config_file), "Config file, with :PRESET if it has presets."
         )
     directory = flags.DEFINE_string("workdir", workdir, "Where the results go.")
+    hosts = flags.DEFINE_bool("distributed", False, "One of several hosts, found by themselves.")
+    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+    processes = flags.DEFINE_integer("processes", None, "How many processes there are.")
+    process_id = flags.DEFINE_integer("process_id", None, "The number of this process.")
 
     def parse(argv: list[str]) -> list[str]:
         with _flag_errors():
@@ -102,6 +110,13 @@ def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir:
         if argv[1:]:
             raise SystemExit(f"error: unexpected argument {argv[1]!r}")
         try:
+            named = coordinator.value, processes.value, process_id.value
+            if any(x is not None for x in named):
+                if None in named:
+                    raise ValueError("coordinator, processes and process_id go together")
+                jax.distributed.initialize(*named)
+            elif hosts.value:
+                jax.distributed.initialize()
             train(config.value, directory.value)
         except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError) as error:
             logging.debug("Traceback of the error", exc_info=True)

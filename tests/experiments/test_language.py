@@ -2,6 +2,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,36 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, data_dir):
     for name in ("config.json", "metrics.jsonl", "sample.txt"):
         whole, killed = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))
         assert whole == killed, name
+
+
+def hosts(workdir, data_dir, *flags):
+    """The two processes of a run over the loopback."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    together = f"--coordinator={address}", "--processes=2", *flags
+    return [start(workdir, data_dir, *together, f"--process_id={i}") for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_two_hosts_of_which_one_is_lost_end_like_one(tmp_path, data_dir, lost):
+    language.train(make_config(data_dir), tmp_path / "one")
+    split = "--config.mesh.data=1", "--config.mesh.fsdp=2"
+    running = hosts(tmp_path / "two", data_dir, *split)
+    while not (tmp_path / "two/metrics.jsonl").exists():
+        assert running[0].poll() is None, running[0].communicate()[1]
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 3))
+    for process in running[lost], running[1 - lost]:  # the other one waits for it, and is ended
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for process in hosts(tmp_path / "two", data_dir, *split):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    one, two = (read_metrics(tmp_path / run) for run in ("one", "two"))
+    for row, expected in zip(two, one, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("unit", ["character", "byte"])

@@ -78,6 +78,7 @@ def test_flags_reach_the_experiment(program, args, expected):
         ("--config=missing.py", "missing.py"),
         ("--nonsense=1", "nonsense"),
         ("stray", "unexpected argument 'stray'"),
+        ("--processes=2", "coordinator, processes and process_id go together"),
         ("--config.steps=-1", "steps must be positive; got -1"),
     ],
 )
