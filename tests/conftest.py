@@ -5,6 +5,9 @@ import jax
 import jaxlib
 import pytest
 
+# With libtpu, which compiles for TPUs that are not there, JAX would look for one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are those of float32
 
 # Arrays are small: compiling is the work. Programs that tests start must compute the same bits.

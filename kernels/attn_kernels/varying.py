@@ -24,16 +24,16 @@ def varying(tree: Any, *like: Any) -> Any:
     The transpose is a sum over the devices, so that an array that all of them share gets the whole
     of its gradient.
     """
-    axes = frozenset().union(*map(_axes, jax.tree.leaves(like)))
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
 
     def cast(x):
-        missing = tuple(axes - _axes(x))
+        missing = tuple(axes - varying_axes(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
 
 
-def _axes(x) -> frozenset[str]:
+def varying_axes(x) -> frozenset[str]:
     """The mesh axes along which the type of an array says that devices may differ."""
     kind = jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attn_kernels.recurrence.decay import matmul
+from attn_kernels.varying import varying_axes
 
 WIDEST = 256  # channels of a key or a value: chunks and states of more do not fit into VMEM
 LANES = 32  # channels are padded to a multiple
@@ -28,6 +29,8 @@ def refusal(state, chunk_size: int) -> str | None:
         return f"sums are in float32, the arguments are {state.dtype}"
     if max(state.shape[2:]) > WIDEST:
         return f"D and Dv are at most {WIDEST}, the state is {list(state.shape)}"
+    if varying_axes(state):
+        return "its results have no type that differs between the devices of a shard_map"
     if not 8 <= chunk_size <= 128 or chunk_size & (chunk_size - 1):
         return f"chunk_size is a power of two from 8 to 128, it was {chunk_size}"
     return None
