@@ -218,9 +218,12 @@ def fetch_finite(
 
 @contextlib.contextmanager
 def on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process (in the main thread only)."""
+    """An event that SIGTERM sets, in place of ending the process (in the main thread only).
+
+    Of several processes JAX itself catches the signal, and tells all of them at the same step.
+    """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield event
         return
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())

@@ -114,6 +114,20 @@ def test_two_hosts_of_which_one_is_lost_end_like_one(tmp_path, data_dir, lost):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_hosts_of_which_one_is_told_to_stop_save_and_stop_together(tmp_path, data_dir, told):
+    endless = "--config.steps=1000000", "--config.eval_every=0", "--config.checkpoint_every=0"
+    running = hosts(tmp_path, data_dir, "--config.mesh.data=1", "--config.mesh.fsdp=2", *endless)
+    while not (tmp_path / "timing.jsonl").exists():
+        assert running[0].poll() is None, running[0].communicate()[1]
+        time.sleep(0.02)
+    running[told].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=100) for process in running] == 2 * [128 + signal.SIGTERM]
+    (saved,) = (tmp_path / "checkpoints").glob("[0-9]*")
+    assert (saved / "checksums.json").exists()
+
+
 @pytest.mark.parametrize("unit", ["character", "byte"])
 def test_results_and_files(tmp_path, data_dir, unit):
     config = make_config(data_dir, unit=unit, eval_batches=0)
