@@ -49,7 +49,7 @@ CHIPS = json.loads((Path(__file__).parent / "chips.json").read_text())
 TABLE = {"v5e:16x16": 256, "v5p:8x8x8": 512, "v6e:16x16": 256}
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"
 ITEM = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (4, 8, 16, 32, 64)}
-DEPTHS = 2, 3
+DEPTHS = 1, 2
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -121,14 +121,39 @@ def shape_bytes(text: str) -> list[int]:
 
 
 def groups_of(line: str, count: int) -> np.ndarray:
-    """Which partitions exchange with each other in a collective, `[groups, members]`."""
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, sizes, order = (x and [int(n) for n in x.split(",")] for x in found.groups())
+    """Which partitions exchange with each other in a collective, `[groups, members]`.
+
+    HLO writes groups as lists, as a reshaped and transposed iota, or as axes of a mesh.
+
+    Raises:
+      ValueError: they are written in another way.
+    """
+
+    def iota(sizes, shape, order):
+        sizes, shape, order = (x and [int(n) for n in x.split(",")] for x in (sizes, shape, order))
         return np.arange(count).reshape(sizes).transpose(order).reshape(shape)
+
+    order = r"(?:T\(([\d,]+)\))?"
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\]{order}", line):
+        return iota(found[2], found[1], found[3])
+    ids = rf"(?:, device_ids=\(\[([\d,]+)\]{order}\))?"
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\]{ids} \{{(.*?)\}}", line):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        at = dict(zip(sizes, np.unravel_index(np.arange(count), list(sizes.values()))))
+        # A group is of those who agree in all that is not named: an axis, or a factor of one.
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[4]):
+            size = int(size or sizes[name])
+            after = sizes[name] // (int(before or 1) * size)
+            at[name] = at[name] - at[name] // after % size * after
+        group = np.ravel_multi_index(list(at.values()), list(sizes.values()))
+        rows = np.argsort(group, kind="stable").reshape(len(np.unique(group)), -1)
+        return iota(found[2] or str(count), "-1", found[3])[rows]
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line):
         rows = re.findall(r"\{([\d,]+)\}", found[1])
         return np.array([[int(n) for n in row.split(",")] for row in rows])
-    return np.arange(count)[None]
+    if "replica_groups={}" in line or "replica_groups" not in line:
+        return np.arange(count)[None]
+    raise ValueError(f"the groups of a collective cannot be read: {line[:300]}")
 
 
 def axes_of(groups: np.ndarray, mesh: Mesh) -> str:
@@ -164,10 +189,12 @@ def trip_count(line: str, parts: dict[str, list[str]]) -> int:
     return max(map(int, bounds))
 
 
-def instructions(parts: dict[str, list[str]], name: str = "") -> Iterator[tuple[str, int]]:
-    """Every instruction that is run, and how often; of branches, all."""
+def instructions(parts: dict[str, list[str]], name: str = "") -> Iterator[tuple[str, int, str]]:
+    """Every instruction that is run, how often, and in which computation; of branches, all."""
     for line in parts[name]:
-        yield line, 1
+        yield line, 1, name
+        if re.search(r"\basync-(?:update|done)\(", line):  # what its start has called already
+            continue
         times = trip_count(line, parts) if re.search(r"\bwhile\(", line) else 1
         called = re.findall(r"(?:calls|body|_computation)=%?([\w.\-]+)", line)
         if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
@@ -175,8 +202,19 @@ def instructions(parts: dict[str, list[str]], name: str = "") -> Iterator[tuple[
         if re.search(r"\bcall\(", line):
             called += re.findall(r"to_apply=%?([\w.\-]+)", line)
         for each in called:
-            for inner, count in instructions(parts, each):
-                yield inner, times * count
+            for inner, count, where in instructions(parts, each):
+                yield inner, times * count, where
+
+
+def members(shape: str) -> list[str]:
+    """The members of a tuple's HLO type, which may be tuples."""
+    found, depth, start = [], 0, 1
+    for at, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or depth == 0:
+            found.append(shape[start:at].strip())
+            start = at + 1
+    return found
 
 
 def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
@@ -188,7 +226,7 @@ def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
     """
     parts, found = computations(hlo), {}
     pattern = rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\("
-    for line, times in instructions(parts):
+    for line, times, where in instructions(parts):
         match = re.search(pattern, line)
         if not match:
             continue
@@ -198,10 +236,13 @@ def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
         axes = axes_of(groups, mesh)
         if not axes:
             continue
-        sizes = shape_bytes(shapes)
         if start and kind != "all-reduce":  # operands, results and maybe contexts
-            sizes = [max(sizes)]
-        payload = times * sum(sizes) * (n if kind == "reduce-scatter" and not start else 1)
+            shapes = members(shapes)[kind == "all-gather"]
+        payload = times * sum(shape_bytes(shapes))
+        if kind == "reduce-scatter" and not start:
+            payload *= n
+        if where.startswith("all-reduce-scatter"):  # a TPU's fusion with the slice of a device
+            kind = "reduce-scatter"
         share = {"collective-permute": 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
         total = found.setdefault(f"{kind} {axes}", Counter())
         total["count"] += times

@@ -27,9 +27,9 @@ def make_mesh(
 
     Args:
       data: replicas of the parameters, each with its part of the batch.
-      fsdp: parts of the parameters, each also with its part of the batch.
+      fsdp: parts of the batch, among which the parameters are split as well.
       tensor: parts of the parameters that compute on the same examples.
-      seq: parts of the sequence axis.
+      seq: parts of the sequence axis, among which the parameters are split further.
       devices: all devices of all processes by default.
 
     Raises:
@@ -53,24 +53,44 @@ def make_mesh(
     )
 
 
+def parameter_axes(length: int, mesh: Mesh) -> str | tuple[str, str] | None:
+    """Along what an axis of parameters is split: "fsdp", and "seq" too, where they divide it.
+
+    The devices of a sequence need the same parameters, as those of different examples do.
+    """
+    fsdp, seq = mesh.shape["fsdp"], mesh.shape.get("seq", 1)
+    if length % fsdp:
+        return None
+    return ("fsdp", "seq") if seq > 1 and length % (fsdp * seq) == 0 else "fsdp"
+
+
 def shard_largest(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Splits the largest axis that the mesh axis "fsdp" divides; none if there is no such axis."""
-    size = mesh.shape["fsdp"]
-    fitting = [axis for axis, length in enumerate(shape) if length % size == 0]
+    fitting = [axis for axis, length in enumerate(shape) if parameter_axes(length, mesh)]
     if not fitting:
         return PartitionSpec()
     largest = max(fitting, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * largest, "fsdp")
+    return PartitionSpec(*[None] * largest, parameter_axes(shape[largest], mesh))
 
 
 def split_axes(*names: str) -> Callable[[tuple[int, ...], Mesh], PartitionSpec]:
     """A spec that splits axis n along the mesh axis `names[n]`, where that divides it."""
 
+    def along(length, name, mesh):
+        if name == "fsdp":
+            return parameter_axes(length, mesh)
+        return name if length % mesh.shape[name] == 0 else None
+
     def spec(shape, mesh):
-        fits = (name if n % mesh.shape[name] == 0 else None for n, name in zip(shape, names))
-        return PartitionSpec(*fits)
+        return PartitionSpec(*(along(length, name, mesh) for length, name in zip(shape, names)))
 
     return spec
+
+
+def gathered(sharding: NamedSharding) -> NamedSharding:
+    """The sharding without what `parameter_axes` splits: that of parameters where they are used."""
+    spec = (None if axis in ("fsdp", ("fsdp", "seq")) else axis for axis in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 REPLICATED: Rules = ()

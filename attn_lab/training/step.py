@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from attn_kernels.parallel import sequence_parallel
 from attn_lab.training.losses import Sums
 from attn_lab.training.optimizer import Optimizer
-from attn_lab.training.sharding import REPLICATED, Rules, state_sharding
+from attn_lab.training.sharding import REPLICATED, Rules, gathered, state_sharding
 
 LossFn = Callable[[nnx.Module, Any, nnx.Rngs | None], Sums]
 
@@ -60,8 +59,8 @@ def on_mesh(
 ) -> LossFn:
     """The loss as the devices of a mesh compute it: the same numbers.
 
-    Parameters that are split over "fsdp" are gathered where they are used, so that every device
-    computes on its own examples, and attention and recurrences run over the axis "seq".
+    Parameters that are split over "fsdp" and "seq" are gathered where they are used, so that every
+    device computes on its own examples, and attention and recurrences run over the axis "seq".
 
     Args:
       loss_fn: for `make_train_step` and `evaluate`.
@@ -74,17 +73,12 @@ def on_mesh(
 
     def on(model, batch, rngs):
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        gathered = jax.tree.map(_without_fsdp, state_sharding(params, mesh, rules))
-        nnx.update(model, jax.lax.with_sharding_constraint(params, gathered))
+        whole = jax.tree.map(gathered, state_sharding(params, mesh, rules))
+        nnx.update(model, jax.lax.with_sharding_constraint(params, whole))
         with sequence_parallel(mesh, sequence):
             return loss_fn(model, batch, rngs)
 
     return on
-
-
-def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
-    spec = (None if axis == "fsdp" else axis for axis in sharding.spec)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def make_train_step(

@@ -6,8 +6,8 @@ A preset is SIZE-MIXER-LENGTH, such as `7b-gla-1m`: 124m, 1.3b or 7b; softmax, w
 tokens), gla or gated_delta; 2k, 8k, 32k, 128k or 1m tokens. RMS norms, SwiGLU, rotary positions,
 no biases, float32 parameters, bfloat16 computation, blocks recomputed in the backward pass.
 A mesh is of 256 devices, or of as many as `SIZE-MIXER-LENGTH-DEVICES` says, each with 8192 tokens
-of a batch, or more where the torus asks for it: a longer sequence along "seq", the rest along
-"fsdp".
+of a batch and at most so many of a sequence, whose rest is on others along "seq". Other devices are
+along "fsdp" as far as each has 8 rows of every kernel, and then along "data".
 """
 
 from ml_collections import ConfigDict
@@ -49,19 +49,20 @@ def get_config(preset: str = "124m-softmax-2k") -> ConfigDict:
     layers, width, heads = SIZES[size]
     name, arguments = MIXERS[mixer]
     tokens = LENGTHS[length]
+    count, per_device = int(devices), 2**13
     # Axes of a mesh are products of those of a torus: 16 x 16, or 8 x 8 x 8.
-    side = 8 if int(devices) == 512 else 16
-    seq = max((n for n in (1, side, side**2) if n <= tokens // 2**13), default=1)
-    seq = min(seq, int(devices))
-    rest = int(devices) // seq
+    side = {256: 16, 512: 8}.get(count, 2)
+    sides = [side**n for n in range(count.bit_length()) if side**n <= count]
+    seq = next((n for n in sides if tokens <= n * per_device), sides[-1])
+    fsdp = max(n for n in sides if n * seq <= count and (n == 1 or width % (8 * n) == 0))
     config = language.get_config()
     config.update(
         {
             "vocab_size": 50304,
             "length": tokens,
-            "batch_size": rest * max(1, 2**13 // tokens),
+            "batch_size": max(count // seq, count * per_device // tokens),
             "dtype": "bfloat16",
-            "mesh": {"data": 1, "fsdp": rest, "tensor": 1, "seq": seq},
+            "mesh": {"data": count // (fsdp * seq), "fsdp": fsdp, "tensor": 1, "seq": seq},
         }
     )
     config.model = {

@@ -96,14 +96,99 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """
 
-    class Four:
-        axis_names = "data", "seq"
-        devices = np.zeros((2, 2))
-
     assert module.collectives(hlo, Four) == {
         "all-gather seq": {"count": 1, "payload": 32, "sent": 16},
         "all-reduce data": {"count": 5, "payload": 160, "sent": 160},
     }
+
+
+class Four:
+    """A mesh of 2 x 2."""
+
+    axis_names = "data", "seq"
+    devices = np.zeros((2, 2))
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        # One array that is gathered while others compute, and two at once.
+        (
+            "(f32[4]{0}, f32[8]{0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups={{0,1},{2,3}}",
+            ("all-gather seq", 1, 32, 16),
+        ),
+        (
+            "((f32[4]{0}, f32[6]), (f32[8]{0}, f32[12])) all-gather-start(%x, %y), "
+            "replica_groups={{0,1},{2,3}}",
+            ("all-gather seq", 1, 80, 40),
+        ),
+        (
+            "(f32[4], f32[4], u32[]{:S(2)}, u32[]) collective-permute-start(%x), "
+            "source_target_pairs={{0,2},{1,3}}",
+            ("collective-permute data", 1, 16, 16),
+        ),
+        (
+            "((f32[8]), f32[4]) reduce-scatter-start(%x), replica_groups=[2,2]<=[4]",
+            ("reduce-scatter seq", 1, 32, 16),
+        ),
+        ("f32[4] reduce-scatter(%x), replica_groups=[2,2]<=[4]", ("reduce-scatter seq", 1, 32, 16)),
+        (
+            "(f32[8], s32[2]) all-reduce-start(%x, %y), replica_groups=[2,2]<=[2,2]T(1,0)",
+            ("all-reduce data", 1, 40, 40),
+        ),
+        # Axes of a mesh, which may be factors of another's, and whose devices have another order.
+        (
+            "f32[8] all-to-all(%x), replica_groups=mesh['a'=2,'b'=1,'c'=2] {'c'}, dimensions={0}",
+            ("all-to-all seq", 1, 32, 16),
+        ),
+        (
+            "f32[8] all-to-all(%x), replica_groups=mesh['a'=2,'c'=2], device_ids=([2,2]T(1,0)) "
+            "{'c'}, dimensions={0}",
+            ("all-to-all data", 1, 32, 16),
+        ),
+        (
+            "f32[8] all-to-all(%x), replica_groups=mesh['a'=4] {'a':(1)2}, dimensions={0}",
+            ("all-to-all data", 1, 32, 16),
+        ),
+        (
+            "f32[8] all-gather(%x), replica_groups=mesh['a'=2,'b'=2] {'a','b'}, dimensions={0}",
+            ("all-gather data+seq", 1, 32, 24),
+        ),
+        ("f32[8] all-reduce(%x), replica_groups={}", ("all-reduce data+seq", 1, 32, 48)),
+        # Called computations: a TPU's reduction to parts, and one that is started and then awaited.
+        (
+            "f32[4] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1",
+            ("reduce-scatter data+seq", 1, 32, 24),
+        ),
+        (
+            "((f32[4]), f32[8], u32[]) async-start(%x), calls=%wrapped\n"
+            "  %d = f32[8] async-done(%line), calls=%wrapped",
+            ("all-gather seq", 1, 32, 16),
+        ),
+    ],
+)
+def test_every_form_of_a_collective_is_counted(line, expected):
+    hlo = f"""
+%all-reduce-scatter.1 (p: f32[8]) -> f32[4] {{
+  %r = f32[8]{{0}} all-reduce(%p), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  ROOT %s = f32[4] dynamic-slice(%r, %n), dynamic_slice_sizes={{4}}
+}}
+
+%wrapped (p: f32[4]) -> f32[8] {{
+  ROOT %g = f32[8] all-gather(%p), replica_groups={{{{0,1}},{{2,3}}}}, dimensions={{0}}
+}}
+
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %line = {line}
+}}
+"""
+    name, *numbers = expected
+    assert module.collectives(hlo, Four) == {name: dict(zip(("count", "payload", "sent"), numbers))}
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    with pytest.raises(ValueError, match="groups of a collective cannot be read"):
+        module.groups_of("f32[8] all-reduce(%x), replica_groups=@devices", 4)
 
 
 def test_products_in_loops_are_counted():

@@ -102,7 +102,8 @@ for mixer, arguments, sizes in cases:
     many, params, hlo = train(mixer, arguments, make_mesh(**sizes), PARALLEL)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), one, many)
     up = params["blocks"][0]["mlp"]["up"]["kernel"]
-    split = 32 // sizes.get("fsdp", 1), 128 // sizes.get("tensor", 1)
+    shared = sizes.get("fsdp", 1) * sizes.get("seq", 1)
+    split = 32 // shared, 128 // sizes.get("tensor", 1)
     assert up.addressable_shards[0].data.shape == split, up.sharding
     gathers = [line for line in hlo.splitlines() if " all-gather(" in line]
     whole = [line for line in gathers if re.search(r"= f32\\[[0-9]+,[0-9]+,96\\]", line)]
