@@ -49,7 +49,7 @@ CHIPS = json.loads((Path(__file__).parent / "chips.json").read_text())
 TABLE = {"v5e:16x16": 256, "v5p:8x8x8": 512, "v6e:16x16": 256}
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"
 ITEM = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (4, 8, 16, 32, 64)}
-DEPTHS = 1, 2
+DEPTHS = 2, 3
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -309,14 +309,17 @@ def compiled_numbers(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        asked = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if asked is None:
+        message, size = str(error), r"([\d.]+)([KMGT])"
+        if asked := re.search(rf"HLO temporaries \({size}\) exceeds.*", message):
+            others = 0
+        elif asked := re.search(rf"Used {size} of [\d.]+[KMGT] hbm", message):
+            others = device_bytes((state, batch))
+        else:
             raise
         used = float(asked[1]) * 1024 ** ("KMGT".index(asked[2]) + 1)
-        arguments = device_bytes((state, batch))
         return numbers | {
             "refused": asked[0],
-            "temporaries": max(0, round(used) - arguments),
+            "temporaries": max(0, round(used) - others),
             "collectives": {},
             "seconds": time.perf_counter() - began,
         }
@@ -368,6 +371,8 @@ def plan(config: ConfigDict, topology: str) -> dict[str, Any]:
             shallow.model.num_layers = layers
             parts.append(compiled_numbers(shallow, mesh))
         numbers = extrapolate(*parts, DEPTHS, depth)
+        if any("refused" in part for part in parts):
+            numbers["collectives"] = {}
         numbers["compiled_seconds"] = sum(part["seconds"] for part in parts)
     else:
         numbers = compiled_numbers(config, mesh)

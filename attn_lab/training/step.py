@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from attn_kernels.parallel import sequence_parallel
 from attn_lab.training.losses import Sums
@@ -72,13 +74,30 @@ def on_mesh(
         return loss_fn
 
     def on(model, batch, rngs):
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        whole = jax.tree.map(gathered, state_sharding(params, mesh, rules))
-        nnx.update(model, jax.lax.with_sharding_constraint(params, whole))
+        params = {
+            "/".join(map(str, path)): variable
+            for path, variable in nnx.iter_graph(model)
+            if isinstance(variable, nnx.Param)
+        }
+        arrays = {name: variable.get_value() for name, variable in params.items()}
+        for name, sharding in state_sharding(arrays, mesh, rules).items():
+            params[name].set_metadata(on_get_value=Gather(gathered(sharding)))
         with sequence_parallel(mesh, sequence):
             return loss_fn(model, batch, rngs)
 
     return on
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """What reading a parameter does: so it is gathered inside a block that is computed again."""
+
+    sharding: NamedSharding
+
+    def __call__(self, variable: nnx.Variable, value: jax.Array) -> jax.Array:
+        if value.shape != variable.get_raw_value().shape:  # a part of it
+            return value
+        return jax.lax.with_sharding_constraint(value, self.sharding)
 
 
 def make_train_step(

@@ -114,7 +114,8 @@ class Four:
     [
         # One array that is gathered while others compute, and two at once.
         (
-            "(f32[4]{0}, f32[8]{0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups={{0,1},{2,3}}",
+            "(f32[4]{0}, f32[8]{0:T(8,128)(2,1)}) all-gather-start(%x), "
+            "replica_groups={{0,1},{2,3}}",
             ("all-gather seq", 1, 32, 16),
         ),
         (
