@@ -7,6 +7,7 @@ The workdir receives `config.json`, `metrics.jsonl`, `timing.jsonl`, `checkpoint
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from attn_lab.data.order import Rows
 from attn_lab.data.text import Text, load_text, load_tokens
 from attn_lab.models import DecoderLM, generate
 from attn_lab.training import (
@@ -79,20 +81,24 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         )
     crops = {"batch_size": config.batch_size, "length": config.length}
 
+    def rows_of(seed, step, split="train"):
+        make = functools.partial(text.batch, seed, step, **crops, split=split)
+        return Rows(config.batch_size, lambda rows: make(rows=rows))
+
     def evaluation(split):
         def batches(step):
             if not config.eval_batches:
                 return text.evaluation_batches(**crops, split=split)
             first = step * config.eval_batches
             draws = range(first, first + config.eval_batches)
-            return (text.batch(config.seed + 1, draw, **crops, split=split) for draw in draws)
+            return (rows_of(config.seed + 1, draw, split=split) for draw in draws)
 
         return batches
 
     result = fit(
         model,
         loss_fn,
-        lambda step: text.batch(config.seed, step, **crops),
+        functools.partial(rows_of, config.seed),
         make_optimizer(config.steps, **config.optimizer.to_dict()),
         steps=config.steps,
         seed=config.seed,

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from attn_lab.data.order import epoch_indices, steps_per_epoch
+from attn_lab.data.order import Rows, epoch_indices, steps_per_epoch
 from attn_lab.models import DecoderLM
 from attn_lab.tasks import mqar
 from attn_lab.training import (
@@ -51,6 +51,9 @@ class Part(NamedTuple):
 
     def take(self, indices: np.ndarray | slice) -> dict[str, np.ndarray]:
         return {name: getattr(self, name)[indices] for name in ("inputs", "at", "targets")}
+
+    def take_from(self, indices: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return self.take(indices[rows])
 
 
 class Run(NamedTuple):
@@ -91,7 +94,7 @@ def make_parts(config: ConfigDict, split: str) -> list[Part]:
     return parts
 
 
-def train_batch(config: ConfigDict, parts: Sequence[Part], step: int) -> dict[str, np.ndarray]:
+def train_batch(config: ConfigDict, parts: Sequence[Part], step: int) -> Rows:
     """Batch `step`: an epoch goes through the parts in order, each shuffled anew."""
     counts = [steps_per_epoch(len(part.inputs), config.batch_size) for part in parts]
     epoch, rest = divmod(step, sum(counts))
@@ -99,7 +102,8 @@ def train_batch(config: ConfigDict, parts: Sequence[Part], step: int) -> dict[st
         if rest < count:
             seed = config.seed * len(parts) + n
             size = len(part.inputs)
-            return part.take(epoch_indices(seed, epoch * count + rest, config.batch_size, size))
+            chosen = epoch_indices(seed, epoch * count + rest, config.batch_size, size)
+            return Rows(config.batch_size, functools.partial(part.take_from, chosen))
         rest -= count
     raise AssertionError("an epoch has no further step")
 

@@ -19,7 +19,15 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from attn_lab.data import Images, augment, load_cifar10, load_mnist, load_tfds, steps_per_epoch
+from attn_lab.data import (
+    Images,
+    Rows,
+    augment,
+    load_cifar10,
+    load_mnist,
+    load_tfds,
+    steps_per_epoch,
+)
 from attn_lab.models import CompactTransformer
 from attn_lab.training import (
     PARALLEL,
@@ -120,8 +128,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     optimizer["warmup"] = round(config.warmup_epochs * epoch)
 
     def batch(step):
-        drawn = images.batch(config.seed, step, batch_size=size)
-        return drawn | {"mix": np.full(size, step < config.mix_epochs * epoch)}
+        def make(rows):
+            drawn = images.batch(config.seed, step, batch_size=size, rows=rows)
+            return drawn | {"mix": np.full(len(rows), step < config.mix_epochs * epoch)}
+
+        return Rows(size, make)
 
     result = fit(
         model,

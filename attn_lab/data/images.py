@@ -1,5 +1,6 @@
 """Labelled images."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from attn_lab.data.files import existing
-from attn_lab.data.order import IGNORE, epoch_indices
+from attn_lab.data.order import IGNORE, Rows, epoch_indices
 
 
 class Source(Protocol):
@@ -40,30 +41,38 @@ class Images:
         return next(iter(self.splits.values()))[np.arange(1)]["image"].shape[1:]
 
     def batch(
-        self, seed: int, step: int, *, batch_size: int, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        *,
+        batch_size: int,
+        split: str = "train",
+        rows: Sequence[int] | slice = slice(None),
     ) -> dict[str, np.ndarray]:
         """Batch `step` of the split in the order of `epoch_indices`: each example once an epoch.
 
         Returns:
-          `{"image": uint8 [batch_size, Y, X, C], "label": int32 [batch_size]}`.
+          `{"image": uint8 [batch_size, Y, X, C], "label": int32 [batch_size]}`, or `rows` of it.
         """
         source = self.splits[split]
-        return source[epoch_indices(seed, step, batch_size, len(source))]
+        return source[epoch_indices(seed, step, batch_size, len(source))[rows]]
 
-    def evaluation_batches(
-        self, *, batch_size: int, split: str = "test"
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def evaluation_batches(self, *, batch_size: int, split: str = "test") -> Iterator[Rows]:
         """The split once, in order; the last batch is filled with examples of label -100.
 
         Yields:
-          `{"image": uint8 [batch_size, Y, X, C], "label": int32 [batch_size]}`.
+          `{"image": uint8 [batch_size, Y, X, C], "label": int32 [batch_size]}`, as `Rows`.
         """
         source = self.splits[split]
-        for start in range(0, len(source), batch_size):
-            indices = np.arange(start, start + batch_size)
+
+        def examples(first, rows):
+            indices = first + rows
             batch = source[indices.clip(max=len(source) - 1)]
             batch["label"] = np.where(indices < len(source), batch["label"], np.int32(IGNORE))
-            yield batch
+            return batch
+
+        for first in range(0, len(source), batch_size):
+            yield Rows(batch_size, functools.partial(examples, first))
 
 
 @dataclass(frozen=True, eq=False)

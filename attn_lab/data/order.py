@@ -1,10 +1,31 @@
 """The order of a finite data set, computed from a seed and a step instead of remembered."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 IGNORE = -100  # the label of what only fills up a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch that is made when its rows are asked for: each of several hosts makes its own alone.
+
+    Attributes:
+      size: the number of rows of the whole batch.
+      make: `make(rows)`, with ascending indices `[N]` of rows, gives these as a pytree of arrays
+        whose first axis is N.
+    """
+
+    size: int
+    make: Callable[[np.ndarray], Any]
+
+    def whole(self) -> Any:
+        """All rows."""
+        return self.make(np.arange(self.size))
 
 
 def epoch_indices(seed: int, step: int, batch_size: int, size: int) -> np.ndarray:

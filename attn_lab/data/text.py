@@ -1,13 +1,14 @@
 """Text as bytes, characters or given tokens."""
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from attn_lab.data.files import existing
-from attn_lab.data.order import IGNORE
+from attn_lab.data.order import IGNORE, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +34,20 @@ class Text:
         return float(self.token_bytes[self.tokens[split]].mean())
 
     def batch(
-        self, seed: int, step: int, *, batch_size: int, length: int, split: str = "train"
+        self,
+        seed: int,
+        step: int,
+        *,
+        batch_size: int,
+        length: int,
+        split: str = "train",
+        rows: Sequence[int] | slice = slice(None),
     ) -> dict[str, np.ndarray]:
-        """Crops at places drawn uniformly from (seed, step).
+        """Crops at places drawn uniformly from (seed, step), or some rows of this batch.
 
         Returns:
-          `{"inputs", "targets"}`, int32 `[batch_size, length]`; targets are the inputs one token
-          later.
+          `{"inputs", "targets"}`, int32 `[batch_size, length]`, or of `rows` alone; targets are the
+          inputs one token later.
 
         Raises:
           ValueError: the split is shorter than a crop.
@@ -50,31 +58,31 @@ class Text:
                 f"length must be less than the {len(tokens)} tokens of {split!r}; got {length}"
             )
         rng = np.random.default_rng((seed, step))
-        starts = rng.integers(len(tokens) - length, size=(batch_size, 1))
+        starts = rng.integers(len(tokens) - length, size=(batch_size, 1))[rows]
         crops = tokens[starts + np.arange(length + 1)].astype(np.int32)
         return {"inputs": crops[:, :-1], "targets": crops[:, 1:]}
 
     def evaluation_batches(
         self, *, batch_size: int, length: int, split: str = "valid"
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Rows]:
         """The whole split in order, cut into windows: every token but the first is a target once.
 
         Yields:
-          `{"inputs", "targets"}`, int32 `[batch_size, length]`; behind the end of the text inputs
-          are 0 and targets -100.
+          `{"inputs", "targets"}`, int32 `[batch_size, length]`, as `Rows`; behind the end of the
+          text inputs are 0 and targets -100.
         """
         tokens = self.tokens[split].astype(np.int32)
         windows = -(-(len(tokens) - 1) // length)
         size = -(-windows // batch_size) * batch_size * length
         padding = size - (len(tokens) - 1)
-        inputs = np.pad(tokens[:-1], (0, padding))
-        targets = np.pad(tokens[1:], (0, padding), constant_values=IGNORE)
-        for i in range(0, size, batch_size * length):
-            rows = slice(i, i + batch_size * length)
-            yield {
-                "inputs": inputs[rows].reshape(batch_size, length),
-                "targets": targets[rows].reshape(batch_size, length),
-            }
+        inputs = np.pad(tokens[:-1], (0, padding)).reshape(-1, length)
+        targets = np.pad(tokens[1:], (0, padding), constant_values=IGNORE).reshape(-1, length)
+
+        def window(first, rows):
+            return {"inputs": inputs[first + rows], "targets": targets[first + rows]}
+
+        for first in range(0, len(inputs), batch_size):
+            yield Rows(batch_size, functools.partial(window, first))
 
 
 def load_text(path: str | Path, *, unit: str = "character", valid_fraction: float = 0.1) -> Text:

@@ -87,7 +87,8 @@ def fit(
         likewise. `rngs` is an `nnx.Rngs` in training and None in evaluation. See
         `losses.cross_entropy`.
       batch: `batch(step)` gives the batch of update `step` = 0, 1, ...: a pytree of arrays whose
-        first axis is the batch; with the same step it gives the same batch.
+        first axis is the batch, or `attn_lab.data.Rows` of such; with the same step it gives the
+        same batch.
       optimizer: from `make_optimizer`.
       steps: total number of updates.
       seed: of the dropout (and any other) keys that `loss_fn` receives.

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attn_lab.data.order import Rows
+
 AXES = ("data", "fsdp", "tensor", "seq")
 
 Rules = Sequence[tuple[str, PartitionSpec | Callable[[tuple[int, ...], Mesh], PartitionSpec]]]
@@ -151,24 +153,54 @@ def batch_sharding(array: Any, mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a batch, of which every process holds a copy, on the devices of the mesh.
+    """Places a batch on the devices of the mesh.
+
+    Args:
+      batch: a pytree of arrays, of which every process holds a copy, or `Rows`, of which a process
+        makes those that its own devices hold.
+      mesh: from `make_mesh`.
 
     Raises:
       ValueError: an array whose axes the mesh does not divide, naming its path.
     """
+    rows = None
+    if isinstance(batch, Rows):
+        size, rows = batch.size, rows_here(batch.size, mesh)
+        batch = batch.make(rows)
 
     def place(path, array):
-        sharding = batch_sharding(array, mesh)
+        sharding, shape = batch_sharding(array, mesh), np.shape(array)
+        if rows is not None:
+            shape = size, *shape[1:]
         try:
-            sharding.shard_shape(np.shape(array))
+            sharding.shard_shape(shape)
         except ValueError as error:
             raise ValueError(
-                f"batch {path_name(path)} of shape {np.shape(array)} cannot be split over a mesh "
+                f"batch {path_name(path)} of shape {shape} cannot be split over a mesh "
                 f"of sizes {dict(mesh.shape)}"
             ) from error
         if jax.process_count() == 1:
             return jax.device_put(array, sharding)
         host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        def part(index):
+            if rows is None:
+                return host[index]
+            asked = np.arange(size)[index[0]]
+            return host[(np.searchsorted(rows, asked), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def rows_here(size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch of that size the devices of this process hold, ascending.
+
+    Where they cannot be split evenly, all.
+    """
+    rows = np.arange(size)
+    if size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return rows
+    held = batch_sharding(rows, mesh).addressable_devices_indices_map(rows.shape).values()
+    return np.unique(np.concatenate([rows[index] for index in held]))

@@ -36,13 +36,39 @@ def test_batches(images):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 50])
 def test_evaluation_covers_a_split_once(images, batch_size):
-    batches = list(images.evaluation_batches(batch_size=batch_size))
+    batches = [rows.whole() for rows in images.evaluation_batches(batch_size=batch_size)]
     assert {b["image"].shape[0] for b in batches} == {batch_size}
     assert all(b["label"].dtype == np.int32 for b in batches)
     image, label = (np.concatenate([b[k] for b in batches]) for k in ("image", "label"))
     np.testing.assert_array_equal(image[label >= 0, 0, 0, 0], np.arange(21))
     np.testing.assert_array_equal(label[:21], np.arange(21) % 10)
     assert (label[21:] == -100).all() and len(label) - 21 < batch_size
+
+
+def test_rows_of_a_batch_are_those_of_the_whole(images):
+    rows = np.array([0, 3, 4])
+    last = list(images.evaluation_batches(batch_size=6))[-1]
+    for whole, some in (
+        (images.batch(7, 2, batch_size=6), images.batch(7, 2, batch_size=6, rows=rows)),
+        (last.whole(), last.make(rows)),
+    ):
+        for name, array in whole.items():
+            np.testing.assert_array_equal(some[name], array[rows])
+
+
+def test_only_the_rows_that_are_asked_for_are_read():
+    class Source:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, indices):
+            assert len(indices) == 2
+            return {"image": np.zeros((2, 4, 4, 1), np.uint8), "label": np.zeros(2, np.int32)}
+
+    images = Images({"train": Source(), "test": Source()}, 10, (0.5,), (0.25,))
+    images.batch(0, 3, batch_size=8, rows=[2, 5])
+    for batch in images.evaluation_batches(batch_size=8):
+        batch.make(np.array([0, 7]))
 
 
 def test_mnist():
@@ -140,7 +166,8 @@ def test_tfds(tfds_dir):
     assert [len(images.splits[s]) for s in ("train", "test")] == [40, 16]
     batch = images.batch(0, 0, batch_size=40)
     assert batch["image"].dtype == np.uint8 and batch["label"].dtype == np.int32
-    (tested,) = images.evaluation_batches(batch_size=16)
+    (rows,) = images.evaluation_batches(batch_size=16)
+    tested = rows.whole()
     source = load_mnist(MNIST).splits["test"][np.arange(16)]
     known = {image.tobytes(): label for image, label in zip(source["image"], source["label"])}
     stored = {image.tobytes(): label for image, label in zip(tested["image"], tested["label"])}

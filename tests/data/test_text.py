@@ -74,6 +74,17 @@ def test_batches_are_crops_and_a_function_of_seed_and_step():
         assert (text.batch(seed, step, **size)["inputs"] != batch["inputs"]).any()
 
 
+def test_rows_of_a_batch_are_those_of_the_whole():
+    text, size, rows = load_text(SHAKESPEARE), dict(batch_size=6, length=20), np.array([0, 3, 4])
+    last = list(text.evaluation_batches(**size))[-1]
+    for whole, some in (
+        (text.batch(3, 5, **size), text.batch(3, 5, **size, rows=rows)),
+        (last.whole(), last.make(rows)),
+    ):
+        for name, array in whole.items():
+            np.testing.assert_array_equal(some[name], array[rows])
+
+
 def test_every_crop_can_be_drawn(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcdefghij")
@@ -90,7 +101,8 @@ def test_every_crop_can_be_drawn(tmp_path):
 def test_evaluation_covers_a_split_once(batch_size, length):
     text = load_text(SHAKESPEARE)
     ids = text.tokens["valid"]
-    batches = list(text.evaluation_batches(batch_size=batch_size, length=length))
+    rows = text.evaluation_batches(batch_size=batch_size, length=length)
+    batches = [each.whole() for each in rows]
     assert {b["inputs"].shape for b in batches} == {(batch_size, length)}
     inputs, targets = (np.concatenate([b[k].ravel() for b in batches]) for k in batches[0])
     assert inputs.dtype == targets.dtype == np.int32

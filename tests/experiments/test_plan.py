@@ -265,7 +265,7 @@ def test_a_tpu_program_sends_what_the_formulas_say():
             reduced = numbers(result, "all-reduce", "tensor")
             assert (4 * LAYERS + 2) * STREAM <= reduced <= (4 * LAYERS + 2.2) * STREAM
         elif mode != "allgather":
-            assert count <= numbers(result, "all-reduce", axis) <= 1.01 * count
+            assert count <= numbers(result, "all-reduce", axis) <= 1.02 * count
         if mode in ("fsdp", "recomputed", "ring", "all_to_all", "recurrence"):
             # A kernel may be gathered anew for each of the three products that it is in.
             gathered = numbers(result, "all-gather", axis)

@@ -129,11 +129,18 @@ def test_an_epoch_goes_through_the_parts_in_order():
     config = make_config(train=((16, 2, 100), (24, 3, 60)))
     parts = recall.make_parts(config, "train")
     lengths = [
-        recall.train_batch(config, parts, step)["inputs"].shape for step in range(2 * (13 + 8))
+        recall.train_batch(config, parts, step).whole()["inputs"].shape
+        for step in range(2 * (13 + 8))
     ]
     assert lengths == 2 * (13 * [(8, 16)] + 8 * [(8, 24)])
-    first = np.concatenate([recall.train_batch(config, parts, s)["inputs"] for s in range(13)])
+    first = np.concatenate(
+        [recall.train_batch(config, parts, s).whole()["inputs"] for s in range(13)]
+    )
     assert {x.tobytes() for x in first[:100]} == {x.tobytes() for x in parts[0].inputs}
+    batch = recall.train_batch(config, parts, 14)
+    some = batch.make(np.array([1, 6]))
+    for name, array in batch.whole().items():
+        np.testing.assert_array_equal(some[name], array[[1, 6]])
 
 
 def test_parts_hold_the_labels_of_the_task():

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from attn_lab.data import Rows
 from attn_lab.training import FSDP, make_mesh, shard_batch, state_sharding
-from attn_lab.training.sharding import shard_largest
+from attn_lab.training.sharding import rows_here, shard_largest
 
 EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
@@ -181,3 +183,68 @@ def test_a_batch_is_split_along_its_first_axes():
     assert placed["image"].sharding.spec == P(("data", "fsdp"), "seq")
     assert placed["label"].sharding.spec == P(("data", "fsdp"))
     np.testing.assert_array_equal(placed["label"], batch["label"])
+
+
+def test_rows_are_placed_like_a_batch_that_holds_them():
+    whole = {"image": np.arange(96).reshape(8, 4, 3), "label": np.arange(8)}
+    mesh = make_mesh()
+    placed = shard_batch(Rows(8, lambda rows: {k: x[rows] for k, x in whole.items()}), mesh)
+    assert rows_here(8, mesh).tolist() == list(range(8))
+    for name, array in shard_batch(whole, mesh).items():
+        np.testing.assert_array_equal(placed[name], array)
+        assert placed[name].sharding == array.sharding
+
+
+HOST = """
+import sys
+import jax, numpy as np
+
+address, number = sys.argv[1], int(sys.argv[2])
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(address, 2, number)
+from attn_lab.data import Rows
+from attn_lab.training import make_mesh, shard_batch
+
+whole = {"inputs": np.arange(16 * 4).reshape(16, 4), "label": np.arange(16)}
+asked = []
+
+def make(rows):
+    asked.append(rows.tolist())
+    return {name: array[rows] for name, array in whole.items()}
+
+# Hosts have half of the rows each; two rows in four, as their devices are side by side along "seq";
+# and all rows where they share the sequences alone.
+devices = jax.devices()
+mixed = np.array(devices).reshape(2, 2, 2).swapaxes(0, 1).ravel().tolist()
+half = list(range(8 * number, 8 * number + 8))
+quarters = [n for n in range(16) if n // 4 % 2 == number]
+for sizes, order, rows in (
+    (dict(data=4, fsdp=2), devices, half),
+    (dict(data=4, seq=2), mixed, quarters),
+    (dict(data=2, tensor=2, seq=2), devices, half),
+    (dict(data=1, seq=8), devices, list(range(16))),
+):
+    if sizes.get("seq") == 8:
+        whole["inputs"] = np.arange(16 * 8).reshape(16, 8)
+    placed = shard_batch(Rows(16, make), make_mesh(**sizes, devices=order))
+    assert asked.pop() == rows, (sizes, rows)
+    for name, array in placed.items():
+        assert array.shape == whole[name].shape
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+"""
+
+
+def test_a_host_makes_the_rows_that_its_devices_hold():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(number)], stderr=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    for host in hosts:
+        _, errors = host.communicate(timeout=200)
+        assert host.returncode == 0, errors
