@@ -23,7 +23,7 @@ def local_linear_attention(
     solver: str = "direct",
     cg_iters: int | None = None,
     mask: Mask | jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str = "xla",
 ) -> jax.Array:
     """The value at the query of a linear fit to values over keys, weighted as by softmax attention.
 
@@ -35,7 +35,8 @@ def local_linear_attention(
     values that are affine in the keys are continued exactly for a small one.
 
     Args:
-      q, k, v, mask, causal, implementation: as in `dot_product_attention`.
+      q, k, v, mask, causal: as in `dot_product_attention`.
+      implementation: one that has forward mode, by default "xla".
       ridge: positive, broadcastable to `[B, H, T]`.
       scale: of the weights, by default `1 / sqrt(D)`.
       solver: "direct" holds the covariances `[B, T, H, D, D]` and factorises them; "cg" streams
@@ -47,11 +48,17 @@ def local_linear_attention(
 
     Raises:
       ValueError: if shapes do not fit, or the solver is unknown.
+      NotImplementedError: if the implementation has no forward mode.
 
     Source: Local Linear Attention, 2025, arXiv 2510.01450.
     """
     if solver not in ("direct", "cg"):
         raise ValueError(f"solver must be 'direct' or 'cg', got {solver!r}")
+    if implementation not in ("definition", "xla"):
+        raise NotImplementedError(
+            f"implementation must be 'definition' or 'xla', which have forward mode, "
+            f"got {implementation!r}"
+        )
     (batch, length, heads, dim), dtype = q.shape, v.dtype
     wide = jnp.result_type(jnp.float32, q, k, v, ridge)
     q, k, v = (x.astype(wide) for x in (q, k, v))

@@ -38,14 +38,15 @@ class SequenceParallel:
         return self.mesh.shape[self.axis]
 
     def splits(self, *lengths: int, order: str = "contiguous") -> bool:
-        """Whether all lengths are one that the devices share evenly, two positions at least each.
+        """Whether all lengths are one that several devices share evenly, 2 positions at least each.
 
         In zigzag order a device has two parts of equal length, in striped order of every device's
         positions an equal number.
         """
         count = self.devices
         parts = {"contiguous": count, "zigzag": 2 * count, "striped": count**2}[order]
-        return len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > count
+        even = len(set(lengths)) == 1 and lengths[0] % parts == 0 and lengths[0] > count
+        return count > 1 and even
 
     def dividing(self, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
         """Those of the axes that together divide a size, taken in order."""
@@ -132,10 +133,24 @@ def sequence_parallel(
         _current.reset(token)
 
 
-def current() -> SequenceParallel | None:
-    """What to run over, or None: no context, one device, or an axis that is manual already."""
+def current(kernel: bool = False) -> SequenceParallel | None:
+    """What to run over, or None: no context, no sequence to share, or axes that are manual already.
+
+    A `kernel`, which the compiler cannot split, is to run over a mesh of several devices even where
+    they share no sequence.
+    """
     found = _current.get()
-    if found is None or found.devices == 1:
+    if found is None or (found.mesh.size if kernel else found.devices) == 1:
         return None
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return None if found.axis in manual else found
+
+
+def kernels_run() -> bool:
+    """Whether what is traced now is a single device's, so that `None` may choose a kernel."""
+    if _current.get() is not None or jax.device_count() == 1:
+        return True
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.shape) and all(
+        size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items()
+    )

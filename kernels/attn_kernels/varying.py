@@ -37,3 +37,14 @@ def varying_axes(x) -> frozenset[str]:
     """The mesh axes along which the type of an array says that devices may differ."""
     kind = jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, *like: Any) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, which differs between devices where its arguments do."""
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if hasattr(jax.typeof(jnp.zeros(())), "vma"):
+        return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    kind = jax.sharding.ManualAxisType(varying=axes)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

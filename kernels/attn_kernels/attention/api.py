@@ -5,16 +5,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.attention import definition, streaming
+from attn_kernels import parallel
+from attn_kernels.attention import definition, mosaic_tpu, streaming
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, softmax
 from attn_kernels.attention.parallel import across_devices
-from attn_kernels.attention.passes import Rows, settle
+from attn_kernels.attention.passes import MultiPass, Rows, settle
 from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
 from attn_kernels.attention.tile import Tile
 
-IMPLEMENTATIONS = {"definition": definition.attend, "xla": streaming.attend}
+KERNELS = {"mosaic_tpu": mosaic_tpu}
+IMPLEMENTATIONS = ("definition", "xla", *KERNELS)
 
 
 def attention(
@@ -47,8 +49,10 @@ def attention(
       scale: a number, by default `1 / sqrt(D)`, or 1 with a `score`.
       return_stats: whether to return the statistics of the rows as well.
       implementation: "definition" (materialises the weights, O(T S) memory), "xla" (streams over
-        tiles, O(T + S) memory, differentiable any number of times in both modes), or None for the
-        fastest that supports the call.
+        tiles, O(T + S) memory, differentiable any number of times in both modes), "mosaic_tpu" (a
+        kernel for float32 and bfloat16, differentiable once in reverse mode; interpreted on a CPU),
+        or None: on a TPU the kernel for what it serves, "xla" otherwise and elsewhere. With several
+        devices None takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of `v`; with `return_stats` also `[B, T, H]` in float32 or
@@ -57,15 +61,41 @@ def attention(
     Raises:
       ValueError: if shapes do not fit, an implementation is unknown, or statistics are asked of a
         normaliser that has none.
+      NotImplementedError: if a kernel that was named cannot serve the call.
     """
     tile = tile_of(q, k, v, mask, score_mod, normalizer, scale, score)
+    attend = _attend(implementation, normalizer)
+    return outputs(tile, attend, v.dtype, return_stats)
+
+
+def _attend(implementation: str | None, normalizer: Normalizer):
+    """How a tile is attended to, and every pass of a normaliser with several."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    attend = IMPLEMENTATIONS[implementation or "xla"]
-    if implementation != "definition":
-        attend = across_devices(attend)
-    return outputs(tile, attend, v.dtype, return_stats)
+    if implementation == "definition":
+        return definition.attend
+    if implementation is None and jax.default_backend() == "tpu" and parallel.kernels_run():
+        kernel = mosaic_tpu
+    else:
+        kernel = KERNELS.get(implementation)
+    stream = across_devices(streaming.attend)
+    if kernel is None:
+        return stream
+    serve = across_devices(kernel.attend, kernel=True)
+    found = parallel.current()
+
+    def attend(tile):
+        reason = kernel.refusal(tile)
+        if isinstance(normalizer, MultiPass) and normalizer.implicit:
+            reason = f"{type(normalizer).__name__} needs forward mode, which kernels lack"
+        elif found is not None and found.mode != "all_to_all":
+            reason = f"a sequence is shared by {found.mode!r}; kernels work in 'all_to_all'"
+        if reason and implementation:
+            raise NotImplementedError(f"implementation {implementation!r}: {reason}")
+        return stream(tile) if reason else serve(tile)
+
+    return attend
 
 
 def outputs(tile: Tile, attend, dtype, return_stats: bool):
@@ -109,13 +139,19 @@ def best_key(
     """The key of the largest score, the first of equals: `argmax_j s[t, j]`.
 
     Args:
-      q, k, score, mask, score_mod, scale, implementation: as in `attention`.
+      q, k, score, mask, score_mod, scale: as in `attention`.
+      implementation: "definition", "xla", or None for the latter.
 
     Returns:
       int32 `[B, T, H]`; -1 without allowed keys.
     """
+    if implementation not in (None, "definition", "xla"):
+        raise NotImplementedError(
+            f"best_key has the implementations 'definition' and 'xla', not {implementation!r}"
+        )
     tile = tile_of(q, k, k, mask, score_mod, softmax, scale, score)
-    rows = Rows(jax.lax.stop_gradient(tile), IMPLEMENTATIONS[implementation or "xla"])
+    attend = definition.attend if implementation == "definition" else streaming.attend
+    rows = Rows(jax.lax.stop_gradient(tile), attend)
     first = rows.modified(_position_of, rows.largest(1)).largest(1)
     return jnp.swapaxes(jnp.where(first == -jnp.inf, -1, -first)[..., 0], 1, 2).astype(jnp.int32)
 

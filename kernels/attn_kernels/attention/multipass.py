@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ class Entmax(MultiPass):
 
     alpha: jax.Array
     num_iters: int = 50
+    implicit: ClassVar[bool] = True
 
     def statistics(self, rows):
         top = rows.largest(1)

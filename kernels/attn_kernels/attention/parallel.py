@@ -103,9 +103,12 @@ def to_heads(x: jax.Array, heads: int, sequence: int, axis_name: str) -> jax.Arr
     return jax.lax.all_to_all(x, axis_name, heads, sequence, tiled=True)
 
 
-def across_devices(attend: Callable) -> Callable:
-    """`attend`, over the devices of `sequence_parallel` where this context applies to a tile."""
-    found = parallel.current()
+def across_devices(attend: Callable, kernel: bool = False) -> Callable:
+    """`attend`, over the devices of `sequence_parallel` where this context applies to a tile.
+
+    A `kernel` is run on every device's rows and heads where no sequence is shared, too.
+    """
+    found = parallel.current(kernel)
     if found is None:
         return attend
 
@@ -117,8 +120,10 @@ def across_devices(attend: Callable) -> Callable:
     order = "contiguous" if found.mode == "all_to_all" else found.order
 
     def over(tile):
-        if not found.splits(tile.q.shape[2], tile.k.shape[2], order=order):
+        shared = found.splits(tile.q.shape[2], tile.k.shape[2], order=order)
+        if not shared and not kernel:
             return attend(tile)
+        along = found.axis if shared else None
         batch, heads = tile.q.shape[:2]
         over_batch = found.dividing(found.batch, batch)
         over_heads = () if tile.score is not None else found.dividing(found.heads, heads)
@@ -128,12 +133,12 @@ def across_devices(attend: Callable) -> Callable:
         )
         leaves, treedef = jax.tree.flatten(dataclasses.replace(tile, k=k, v=v))
         axes = [2, 2, 2, *[None] * (1 + len(jax.tree.leaves(tile.score)))]
-        whole = P(over_batch, over_heads, found.axis)
+        whole = P(over_batch, over_heads, along)
         specs = [P() if axis is None else whole for axis in axes]
         for x in leaves[len(axes) :]:
-            axis = next((n for n in (2, 3) if x.shape[n] > 1), None)
+            axis = next((n for n in (2, 3) if x.shape[n] > 1), None) if shared else None
             spec = [over_batch, over_heads, None, None]
-            if found.mode == "all_to_all":
+            if shared and found.mode == "all_to_all":
                 axis, spec[1] = None, (*over_heads, found.axis)
             spec = [names if x.shape[n] > 1 else None for n, names in enumerate(spec)]
             if axis is not None:
@@ -144,7 +149,7 @@ def across_devices(attend: Callable) -> Callable:
         def local(rank, leaves):
             where = dict(axis_name=found.axis, rank=rank)
             dealt = [
-                x if axis is None else deal(x, axis, order, **where)
+                x if axis is None or not shared else deal(x, axis, order, **where)
                 for x, axis in zip(leaves, axes)
             ]
             part = treedef.unflatten(dealt)
@@ -152,7 +157,10 @@ def across_devices(attend: Callable) -> Callable:
                 jax.lax.axis_index(names) * size if names else 0
                 for names, size in zip((over_batch, over_heads), part.q.shape)
             ]
-            results = run(_numbered(part, *firsts), **where)
+            part = _numbered(part, *firsts)
+            if not shared:
+                return attend(part)
+            results = run(part, **where)
             return jax.tree.map(lambda x: undeal(x, 2, order, **where), results)
 
         # Nothing is left to the compiler: exchanges of its own could end up in branches that only

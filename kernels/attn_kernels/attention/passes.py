@@ -21,7 +21,12 @@ class MultiPass(Normalizer):
     """A normaliser whose statistics come from several reductions: `w(s, statistics)`.
 
     `weight` sees allowed scores alone; the weights of others are 0.
+
+    Attributes:
+      implicit: whether statistics solve equations, whose derivative takes forward mode.
     """
+
+    implicit = False
 
     def statistics(self, rows: "Rows") -> Stats:
         """Arrays `[B|1, H|1, T|1, S|1]` that `weight` needs: of rows, or of columns."""

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from attn_kernels.parallel import kernels_run
 from attn_kernels.recurrence import definition, mosaic_tpu, parallel
 from attn_kernels.recurrence.chunked import chunked
 from attn_kernels.recurrence.segments import apart
@@ -66,7 +67,8 @@ def linear_attention(
       implementation: the program of the chunk form: "xla", "mosaic_tpu" (a Pallas kernel, for sums
         in float32, D and Dv up to 256 and chunks of 8, 16, 32, 64 or 128 steps, differentiable once
         in reverse mode; it runs in interpret mode on a CPU), or None for the kernel on a TPU where
-        it serves the call and XLA otherwise.
+        it serves the call and XLA otherwise. With several devices None takes it only inside
+        `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
@@ -87,6 +89,9 @@ def linear_attention(
         raise ValueError(
             f"implementation must be None, 'xla' or 'mosaic_tpu', got {implementation!r}"
         )
+    kernel = implementation == "mosaic_tpu"
+    if implementation is None and jax.default_backend() == "tpu":
+        kernel = form in ("auto", "chunk") and kernels_run()
     for name, size in ("chunk_size", chunk_size), ("sub_chunk_size", sub_chunk_size):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
@@ -100,24 +105,18 @@ def linear_attention(
             return definition.recurrent(*arrays, state)
         if form == "parallel":
             return definition.parallel(*arrays, state)
-        if _kernel_serves(state, chunk_size, implementation):
+        reason = mosaic_tpu.refusal(state, chunk_size)
+        if kernel and not reason:
             return mosaic_tpu.chunked(*arrays, state, chunk_size)
+        if kernel and implementation:
+            raise NotImplementedError(f"the TPU kernel of linear_attention: {reason}")
         return chunked(*arrays, state, chunk_size, sub_chunk_size)
 
-    run = parallel.over_devices(parallel.linear, run, jax.tree.map(lambda x: 2, arrays), q.shape[1])
+    of_steps = jax.tree.map(lambda x: 2, arrays)
+    run = parallel.over_devices(parallel.linear, run, of_steps, q.shape[1], kernel)
     out, state = run(arrays, state)
     out = jnp.swapaxes(out, 1, 2).astype(v.dtype)
     return (out, state) if return_state else out
-
-
-def _kernel_serves(state, chunk_size, implementation):
-    """Whether the TPU kernel computes the chunk form; a named one that cannot raises."""
-    if implementation == "xla" or (implementation is None and jax.default_backend() != "tpu"):
-        return False
-    reason = mosaic_tpu.refusal(state, chunk_size)
-    if reason and implementation:
-        raise NotImplementedError(f"the TPU kernel of linear_attention: {reason}")
-    return not reason
 
 
 def step(

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attn_kernels import tpu
 from attn_kernels.recurrence.decay import matmul
-from attn_kernels.varying import varying_axes
+from attn_kernels.varying import varying
 
 WIDEST = 256  # channels of a key or a value: chunks and states of more do not fit into VMEM
 LANES = 32  # channels are padded to a multiple
@@ -29,8 +30,6 @@ def refusal(state, chunk_size: int) -> str | None:
         return f"sums are in float32, the arguments are {state.dtype}"
     if max(state.shape[2:]) > WIDEST:
         return f"D and Dv are at most {WIDEST}, the state is {list(state.shape)}"
-    if varying_axes(state):
-        return "its results have no type that differs between the devices of a shard_map"
     if not 8 <= chunk_size <= 128 or chunk_size & (chunk_size - 1):
         return f"chunk_size is a power of two from 8 to 128, it was {chunk_size}"
     return None
@@ -52,7 +51,8 @@ def chunked(q, k, v, log_decay, beta, state, chunk_size: int):
     log_decay = pad_steps(log_decay) if log_decay.shape[-1] == 1 else pad(log_decay)
     beta = None if beta is None else pad_steps(beta)
     state = jnp.pad(state, ((0, 0), (0, 0), (0, -dim % LANES), (0, -width % LANES)))
-    out, last = _run((q, k, v, log_decay, beta), state, chunk_size)
+    args = (q, k, v, log_decay, beta), state
+    out, last = _run(*varying(args, args), chunk_size)
     return out[:, :, :length, :width], last[:, :, :dim, :width]
 
 
@@ -226,15 +226,12 @@ def _specs(size, dim, width, place):
 
 
 def _call(kernel, arrays, in_specs, shapes, out_specs, grid, scratch):
-    return pl.pallas_call(
-        kernel,
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=0,
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         scratch_shapes=[pltpu.VMEM(scratch, jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
-        interpret=pltpu.InterpretParams() if jax.default_backend() == "cpu" else False,
-    )(*arrays)
+    )
+    return tpu.run(kernel, arrays, results, grid=spec)

@@ -112,7 +112,9 @@ def _states(apply, compose, change, written, state, axis_name, rank):
     return jnp.where(rank == 0, state, earlier(after, 1)), last
 
 
-def over_devices(function: Callable, run: Callable, axes, length: int) -> Callable:
+def over_devices(
+    function: Callable, run: Callable, axes, length: int, kernel: bool = False
+) -> Callable:
     """`run`, by `function` over the devices of `sequence_parallel` where it applies to a length.
 
     Args:
@@ -120,16 +122,36 @@ def over_devices(function: Callable, run: Callable, axes, length: int) -> Callab
       run: on the steps of one device.
       axes: the axis of T in every array, -1 where there is none.
       length: T.
+      kernel: whether `run`, of `linear`, may be a kernel, which the compiler cannot split: every
+        device then runs it on its own rows and heads, also where no sequence is shared.
     """
-    found = parallel.current()
-    if found is None or not found.splits(length):
+    found = parallel.current(kernel)
+    if found is None or not (kernel or found.splits(length)):
         return run
-    specs = jax.tree.map(lambda axis: P(*[None] * axis, found.axis) if axis >= 0 else P(), axes)
-    out = P(*[None] * OUT_AXES[function], found.axis)
+    shared = found.splits(length)
 
     def local(rank, arrays, state):
+        if not shared:
+            return run(arrays, state)
         return function(run, arrays, state, axis_name=found.axis, rank=rank)
 
+    if kernel:
+        along = found.axis if shared else None
+
+        def everywhere(arrays, state):
+            batch, heads = state.shape[:2]
+            names = found.dividing(found.batch, batch), found.dividing(found.heads, heads)
+
+            def spec(x, *rest):
+                return P(*(name if n > 1 else None for name, n in zip(names, x.shape)), *rest)
+
+            specs = jax.tree.map(lambda x: spec(x, along), arrays), spec(state)
+            out = P(*names, along), P(*names)
+            return found.shard_map(local, specs, out, alone=False)(arrays, state)
+
+        return everywhere
+    specs = jax.tree.map(lambda axis: P(*[None] * axis, found.axis) if axis >= 0 else P(), axes)
+    out = P(*[None] * OUT_AXES[function], found.axis)
     return found.shard_map(local, (specs, P()), (out, P()))
 
 

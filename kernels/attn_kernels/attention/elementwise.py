@@ -1,0 +1,133 @@
+"""Elementwise functions of scores, run on the arrays that a kernel has for a tile.
+
+A function is traced once on small arrays that stand for a tile: of 2 queries and 3 keys, so that
+the shape of everything in it says which axes it has. A kernel then runs it with arrays of its own,
+which only have to broadcast: a number, a row, a column or all pairs, queries along either axis.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+QUERIES, KEYS = 2, 3
+PAIRS = (1, 1, QUERIES, KEYS)
+
+CALLS = {
+    name: key
+    for names, key in (
+        (("jit", "pjit", "remat2", "checkpoint"), "jaxpr"),
+        (("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    )
+    for name in names
+}
+SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "reduce_sum"}
+SAME = {"copy", "copy_p", "stop_gradient", "pcast", "pvary"}
+REWRITTEN = {
+    "add_any": jnp.add,
+    "square": lambda x: x * x,
+    "erfc": lambda x: 1 - jax.lax.erf(x),
+    "expm1": lambda x: jnp.exp(x) - 1,
+    "log1p": lambda x: jnp.log(1 + x),
+    "logistic": lambda x: 1 / (1 + jnp.exp(-x)),
+}
+COMMON = frozenset(
+    "abs add and ceil clamp convert_element_type div eq exp exp2 floor ge gt integer_pow le log lt "
+    "max min mul ne neg not or pow rem rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sqrt sub tanh xor".split()
+)
+
+
+def obstacle(function: Callable, args: Sequence[Any], primitives: frozenset[str]) -> str | None:
+    """Why a function is not elementwise in these primitives, None if it is.
+
+    Args:
+      function: of arrays in the shapes that this module names.
+      args: their shapes and dtypes.
+      primitives: what a kernel has.
+    """
+    closed = jax.make_jaxpr(function)(*args)
+    return _obstacle(closed.jaxpr, closed.consts, primitives)
+
+
+def _obstacle(jaxpr, consts, primitives):
+    for const in consts:
+        if jnp.size(const) > 1:
+            return f"it closes over an array of shape {jnp.shape(const)}: make that an operand"
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in CALLS:
+            if found := _obstacle(*_inner(eqn), primitives):
+                return found
+        elif name in SHAPES:
+            if not _keeps_axes(eqn):
+                return f"{name} to {eqn.outvars[0].aval.shape} mixes queries and keys"
+        elif name in primitives or name in SAME:
+            continue
+        elif name in REWRITTEN:
+            inputs = [x.aval for x in eqn.invars]
+            closed = jax.make_jaxpr(REWRITTEN[name])(*inputs)
+            if found := _obstacle(closed.jaxpr, closed.consts, primitives):
+                return found
+        else:
+            return f"the primitive {name!r} is not elementwise, or the kernel lacks it"
+    return None
+
+
+def _inner(eqn):
+    inner = eqn.params[CALLS[eqn.primitive.name]]
+    return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+
+
+def _keeps_axes(eqn) -> bool:
+    """Whether an operation on shapes leaves every number with its query and key."""
+    before, after = ([n for n in x.aval.shape if n > 1] for x in (eqn.invars[0], eqn.outvars[0]))
+    if eqn.primitive.name == "transpose":
+        return True
+    if eqn.primitive.name == "broadcast_in_dim":
+        return sorted(after) in ([], [QUERIES], [KEYS], [QUERIES, KEYS])
+    return before == after
+
+
+def evaluate(
+    function: Callable,
+    args: Sequence[Any],
+    shapes: Sequence[tuple[int, ...]],
+    primitives: frozenset[str] = COMMON,
+) -> list[jax.Array]:
+    """`function(*args)` for arrays of a kernel's own; the results as a list.
+
+    Args:
+      function: one to which nothing is an `obstacle`.
+      args: arrays that broadcast against each other.
+      shapes: what they stand for.
+      primitives: what the kernel has; others are written in terms of these.
+    """
+    given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
+    closed = jax.make_jaxpr(function)(*given)
+    return _run(closed.jaxpr, closed.consts, args, primitives)
+
+
+def _run(jaxpr, consts, args, primitives):
+    consts = [jnp.reshape(jnp.asarray(x), ()) for x in consts]
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+
+    def read(atom):
+        return atom.val if isinstance(atom, Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        given, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
+        if name in CALLS:
+            out = _run(*_inner(eqn), given, primitives)
+        elif name in SHAPES or name in SAME:
+            out = given[:1]
+        elif name in REWRITTEN and name not in primitives:
+            out = [REWRITTEN[name](*given)]
+        else:
+            shape = jnp.broadcast_shapes(*map(jnp.shape, given))
+            given = [jnp.broadcast_to(x, shape) for x in given] if shape else given
+            out = [eqn.primitive.bind(*given, **eqn.params)]
+        known.update(zip(eqn.outvars, out))
+    return [read(atom) for atom in jaxpr.outvars]

@@ -1,0 +1,202 @@
+"""What kernels trace into their tiles, and which tiles they visit.
+
+Kernels differ in how they move data. What they compute of the scores of a tile, and of the
+derivatives of its weights, is here.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn_kernels.attention import elementwise
+from attn_kernels.attention.elementwise import KEYS, PAIRS, QUERIES
+from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
+from attn_kernels.attention.normalizer import Normalizer, Softmax
+from attn_kernels.attention.tile import Tile
+
+PLACE = (1, 1, 1, 1), (1, 1, 1), (QUERIES, 1), (KEYS,)  # b, h and positions of queries and keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Mask, score modification and normaliser of a call, as functions of a kernel's own arrays.
+
+    The sink of a softmax is not among them: it is what rows start from. A `place` is b, h and the
+    positions of queries and keys; it, scores and leaves only have to broadcast.
+
+    Attributes:
+      treedef: of the three.
+      axes: which of "q" and "k" each of their leaves has.
+      moving: which of the leaves have derivatives.
+      primitives: what the kernel has.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    axes: tuple[str, ...]
+    moving: tuple[int, ...]
+    primitives: frozenset[str]
+
+    def __post_init__(self):
+        mask, score_mod, normalizer = self.treedef.unflatten(range(len(self.axes)))
+        softmax = isinstance(normalizer, Softmax)
+        object.__setattr__(self, "masked", mask is not None)
+        object.__setattr__(self, "softmax", softmax)
+        object.__setattr__(self, "plain", softmax and score_mod is None)
+
+    def allowed(self, place, leaves) -> jax.Array:
+        """Which pairs the mask allows."""
+        return self._evaluate(self._allowed, (*place, *leaves), self._shapes())[0]
+
+    def value(self, scores, place, leaves) -> jax.Array:
+        """The modified scores if softmax normalises, else the weights."""
+        if self.plain:
+            return scores
+        args, shapes = (scores, *place, *leaves), (PAIRS, *self._shapes())
+        (value,) = self._evaluate(self._value, args, shapes)
+        return jnp.broadcast_to(value, scores.shape)
+
+    def slopes(self, scores, cotangent, place, leaves) -> list[jax.Array]:
+        """The `value`, and the derivatives along scores and moving leaves, pair by pair."""
+        if self.plain:
+            return [scores, cotangent]
+        args, shapes = (scores, cotangent, *place, *leaves), self._shapes(self.moving)
+        found = self._evaluate(self._slopes, args, (PAIRS, PAIRS, *shapes))
+        return [jnp.broadcast_to(x, scores.shape) for x in found]
+
+    def _evaluate(self, function, args, shapes):
+        return elementwise.evaluate(function, args, shapes, self.primitives)
+
+    def obstacle(self, leaves) -> str | None:
+        """Why the kernel cannot trace the functions, None if it can."""
+        dtypes = [jnp.int32] * len(PLACE) + [x.dtype for x in leaves]
+        scores = jnp.float32
+        checks = []
+        if self.masked:
+            checks.append(("mask", self._allowed, dtypes, self._shapes()))
+        if not self.plain:
+            shapes = PAIRS, PAIRS, *self._shapes(self.moving)
+            name = "score_mod and normalizer"
+            checks.append((name, self._slopes, [scores, scores, *dtypes], shapes))
+        for name, function, dtypes, shapes in checks:
+            args = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+            if found := elementwise.obstacle(function, args, self.primitives):
+                return f"{name}: {found}"
+        return None
+
+    def _shapes(self, moving=()):
+        """The shapes in which functions get a place and the leaves.
+
+        Leaves that move stand for every pair, so that their derivatives stay apart until a kernel
+        adds them up.
+        """
+        lengths = {"q": QUERIES, "k": KEYS}
+        own = (tuple(lengths[a] if a in axes else 1 for a in "bhqk") for axes in self.axes)
+        return [*PLACE, *(PAIRS if n in moving else shape for n, shape in enumerate(own))]
+
+    def _allowed(self, *args):
+        place, leaves = args[: len(PLACE)], args[len(PLACE) :]
+        return self.treedef.unflatten(leaves)[0].allowed(*place)
+
+    def _value(self, scores, *args):
+        place, leaves = args[: len(PLACE)], args[len(PLACE) :]
+        _, score_mod, normalizer = self.treedef.unflatten(leaves)
+        if score_mod is not None:
+            scores = score_mod(scores, *place).astype(scores.dtype)
+        return scores if self.softmax else normalizer.weight(scores, ())
+
+    def _slopes(self, scores, cotangent, *args):
+        at = [len(PLACE) + n for n in self.moving]
+
+        def function(scores, *moving):
+            replaced = list(args)
+            for n, x in zip(at, moving):
+                replaced[n] = x
+            return self._value(scores, *replaced)
+
+        value, pull = jax.vjp(function, scores, *(args[n] for n in at))
+        return value, *pull(cotangent)
+
+
+def parts_of(
+    tile: Tile, primitives: frozenset[str]
+) -> tuple[Parts, list[jax.Array], jax.Array | None]:
+    """The functions of a tile, their leaves (all that may have derivatives moving), and the sink.
+
+    Args:
+      tile: the tile.
+      primitives: what the kernel has.
+    """
+    softmax = isinstance(tile.normalizer, Softmax)
+    normalizer = Softmax() if softmax else tile.normalizer
+    leaves, treedef = jax.tree.flatten((tile.mask, tile.score_mod, normalizer))
+    first = len(jax.tree.leaves(tile.mask))
+    axes = tuple("q" * (x.shape[2] > 1) + "k" * (x.shape[3] > 1) for x in leaves)
+    moving = tuple(
+        n for n, x in enumerate(leaves) if n >= first and jnp.issubdtype(x.dtype, jnp.inexact)
+    )
+    return (
+        Parts(treedef, axes, moving, primitives),
+        leaves,
+        tile.normalizer.sink if softmax else None,
+    )
+
+
+def refusal(tile: Tile, primitives: frozenset[str], dtypes: tuple[str, ...]) -> str | None:
+    """Why a kernel with these primitives cannot serve a tile, None if it can."""
+    for name in "qkv":
+        dtype = getattr(tile, name).dtype
+        if dtype.name not in dtypes:
+            return f"it takes {', '.join(dtypes)}; {name} is {dtype}"
+    if tile.score is not None:
+        return "scores are inner products of queries and keys; drop the score"
+    if tile.place is not None:
+        return "it does not work on a part of a sequence that devices share"
+    normalizer = tile.normalizer
+    if not isinstance(normalizer, Softmax) and type(normalizer).partial is not Normalizer.partial:
+        return f"normalizer: it has softmax and weights without statistics, not {normalizer}"
+    parts, leaves, _ = parts_of(tile, primitives)
+    return parts.obstacle(leaves)
+
+
+def tile_lists(
+    mask: Mask | None, lengths: tuple[int, int], blocks: tuple[int, int], rows: str, every=False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The blocks that every block of rows meets.
+
+    Args:
+      mask: the pattern.
+      lengths, blocks: T and S, and how many queries and keys a tile has.
+      rows: "q" or "k", whose blocks are the rows.
+      every: whether to meet empty ones too.
+
+    Returns:
+      int32 `[B|1, H|1, rows, n]`, the numbers of the blocks, full ones first, and twice
+      `[B|1, H|1, rows]`, how many are full, and how many there are. n is the largest of these, if
+      the mask is known when a program is traced, else the number of columns.
+    """
+    counts = [-(-length // block) for length, block in zip(lengths, blocks)]
+    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
+
+    def made():
+        kinds = jnp.full(counts, FULL, jnp.int32)
+        if mask is not None:
+            kinds = mask.block_map(*lengths, *blocks)
+        kinds = kinds.reshape((1,) * (4 - kinds.ndim) + kinds.shape)
+        ragged = [
+            (np.arange(count) + 1) * block > length
+            for count, block, length in zip(counts, blocks, lengths)
+        ]
+        kinds = jnp.where(ragged[0][:, None] | ragged[1], jnp.minimum(kinds, PARTIAL), kinds)
+        kinds = jnp.maximum(kinds, PARTIAL) if every else kinds
+        kinds = jnp.swapaxes(kinds, 2, 3) if rows == "k" else kinds
+        order = jnp.argsort(-kinds, axis=-1, stable=True).astype(jnp.int32)
+        full, some = ((kinds >= kind).sum(-1, dtype=jnp.int32) for kind in (FULL, EMPTY + 1))
+        return order, full, some
+
+    if not known:
+        return made()
+    with jax.ensure_compile_time_eval():
+        order, full, some = made()
+        return order[..., : max(1, int(some.max()))], full, some

@@ -1,0 +1,329 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
+
+from attn_kernels.attention import (
+    ScoreMod,
+    attention,
+    mosaic_tpu,
+    operand,
+    sigmoid,
+    softmax_with_sink,
+)
+from attn_kernels.parallel import sequence_parallel
+from attn_lab import ops
+from attn_lab.catalogue import CATALOGUE, Sizes
+
+HEADS = 2
+KERNEL = {"implementation": "mosaic_tpu"}
+causal = ops.sliding_window_mask(-1, 0)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Tiles so small that the examples fill a grid of them."""
+    monkeypatch.setattr(mosaic_tpu, "BLOCK", 128)
+
+
+def capped(score, b, h, q, k, cap, slope):
+    return cap * jnp.tanh(score / cap) - slope * jnp.abs(q - k)
+
+
+def scaled(score, b, h, q, k, row, column):
+    return score * row + column
+
+
+def added(score, b, h, q, k, bias):
+    return score + bias
+
+
+def cases(q_len, k_len, dense=True):
+    """Settings of `attention`, with operands of every combination of axes."""
+    rng = np.random.default_rng(0)
+
+    def normal(axes, *shape):
+        return operand(jnp.asarray(rng.normal(size=shape), jnp.float32), axes)
+
+    ids = jnp.arange(q_len) // 50
+    slopes = jnp.linspace(0.1, 1, HEADS)
+    found = {
+        "full": {},
+        "causal": {"mask": causal},
+        "capped_slopes": {
+            "mask": ops.sliding_window_mask(70, 0),
+            "score_mod": ScoreMod(capped, (operand(jnp.float32(3), ""), operand(slopes, "h"))),
+        },
+        "rows_and_columns": {
+            "score_mod": ScoreMod(scaled, (normal("bq", 1, q_len), normal("hk", HEADS, k_len)))
+        },
+        "sigmoid": {"mask": causal, "normalizer": sigmoid},
+        "sink": {
+            "mask": ops.sliding_window_mask(40, 0),
+            "normalizer": softmax_with_sink(jnp.asarray([0.3, -1.0])),
+        },
+        "sink_of_rows": {
+            "normalizer": softmax_with_sink(normal("hq", HEADS, q_len)[0, ..., 0], "hq")
+        },
+        "segments": {"mask": ops.segment_mask(ids[None]) & causal} if q_len == k_len else {},
+    }
+    if dense:
+        bias = ScoreMod(added, (normal("hqk", HEADS, q_len, k_len),))
+        found["bias"] = {"mask": causal, "score_mod": bias}
+    return found
+
+
+CASES = list(cases(8, 8))
+
+
+def inputs(q_len, k_len, dtype=jnp.float32, dim=16, width=8):
+    rng = np.random.default_rng(q_len)
+    shapes = (1, q_len, HEADS, dim), (1, k_len, 1, dim), (1, k_len, 1, width)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def everything(arrays, case, implementation):
+    """Output, statistics, and gradients of all arguments and operands, cotangents on both."""
+    leaves, treedef = jax.tree.flatten(case)
+    floats = [n for n, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+    stats = case.get("normalizer") != sigmoid
+
+    def loss(arrays, moving):
+        given = list(leaves)
+        for n, x in zip(floats, moving):
+            given[n] = x
+        case = treedef.unflatten(given)
+        found = attention(*arrays, **case, implementation=implementation, return_stats=stats)
+        total = 0
+        for x in jax.tree.leaves(found):
+            x = jnp.where(jnp.isfinite(x), x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+            total += (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
+        return total, found
+
+    moving = [leaves[n] for n in floats]
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(arrays, moving)
+
+
+def check(case, arrays, rounding):
+    """The kernel errs at most twice as much as the definition in the same precision."""
+    got, base = (everything(arrays, case, name) for name in ("mosaic_tpu", "definition"))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            (arrays, case),
+        )
+        exact = everything(*wide, "definition")
+    for a, b, c in zip(*map(jax.tree.leaves, (got, base, exact)), strict=True):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        np.testing.assert_array_equal(np.isfinite(a), np.isfinite(c))
+        a, b, c = (np.where(np.isfinite(c), x, 0) for x in (a, b, c))
+        bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound
+
+
+QUICK = "capped_slopes", "rows_and_columns"
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_error_budget(name, small_blocks):
+    q_len, k_len = (192, 192) if name == "segments" else (130, 200)
+    check(cases(q_len, k_len)[name], inputs(q_len, k_len), 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("lengths", [(1, 1), (131, 7)], ids=str)
+def test_error_budget_in_bfloat16_of_odd_lengths(name, lengths, small_blocks):
+    check(cases(*lengths)[name], inputs(*lengths, jnp.bfloat16), 2**-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "bias"])
+def test_kernels_run_in_the_interpreter_of_tpus(name, small_blocks):
+    with pltpu.force_tpu_interpret_mode():
+        check(cases(130, 200)[name], inputs(130, 200), 2e-6)
+
+
+STREAMED = {"implementation": "xla"}
+ROWS = [row for row in CATALOGUE if STREAMED in map(dict, row.variants)]
+NOT_SERVED = {
+    "entmax_attention": "forward mode",
+    "topk_attention": "_Largest",
+    "straight_through_hard_attention": "best_key",
+    "compositional_attention": "inner products",
+    "mlp_score_attention": "inner products",
+    "neighborhood_attention_relative_bias": "inner products",
+    "local_linear_attention": "forward mode",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_mechanisms_of_the_catalogue(row):
+    """Output and gradients of every one within twice the error of its definition, or a reason."""
+    arrays = row.example(row.fit(Sizes(B=1, T=37, S=53)), jax.random.key(0))
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            out = row.call(arrays, causal=row.causal[-1], implementation=implementation)
+            weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+            return (out * weights).sum(), out
+
+        slopes, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+        return {"out": out, **slopes}
+
+    if row.name in NOT_SERVED:
+        with pytest.raises(NotImplementedError, match=NOT_SERVED[row.name]):
+            run(arrays, "mosaic_tpu")
+        return
+    got, base = (run(arrays, name) for name in ("mosaic_tpu", "definition"))
+    with jax.enable_x64(True):
+        exact = run({n: x.astype(jnp.float64) for n, x in arrays.items()}, "definition")
+    for name, c in exact.items():
+        a, b, c = (np.asarray(x, np.float64) for x in (got[name], base[name], c))
+        bound = 2 * np.abs(b - c).max() + 5e-7 * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound, name
+
+
+def test_transformations(small_blocks):
+    """vmap over segments, of gradients, and remat."""
+    q, _, _ = inputs(130, 130)
+    q = jnp.stack([q, q + 1])
+    ids = jnp.arange(130) // jnp.asarray([[30], [60]])
+
+    def loss(q, ids, implementation):
+        mask = ops.segment_mask(ids[None])
+        return jnp.sin(attention(q, q, q, mask=mask, implementation=implementation)).sum()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def slopes(implementation):
+        one = jax.checkpoint(functools.partial(loss, implementation=implementation))
+        return jax.vmap(jax.grad(one))(q, ids)
+
+    np.testing.assert_allclose(slopes("mosaic_tpu"), slopes("xla"), rtol=1e-4, atol=1e-5)
+
+
+def lgamma(score, b, h, q, k):
+    return jax.lax.lgamma(score)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"dtype": jnp.float16}, "q is float16"),
+        ({"score_mod": ScoreMod(lgamma)}, "lgamma"),
+        ({"dim": 520}, "at most 512"),
+        ({"k_len": 2**27}, "lists of tiles"),
+    ],
+    ids=["float16", "lgamma", "wide", "long"],
+)
+def test_refusals(change, match):
+    sizes = {"k_len": 5, "dtype": jnp.float32, "dim": 8} | change
+    score_mod = sizes.pop("score_mod", None)
+    shapes = jax.eval_shape(lambda: inputs(3, 5, sizes["dtype"], sizes["dim"]))
+    q, k, v = (
+        jax.ShapeDtypeStruct((x.shape[0], sizes["k_len"], *x.shape[2:]), x.dtype) if n else x
+        for n, x in enumerate(shapes)
+    )
+    call = functools.partial(attention, score_mod=score_mod)
+    with pytest.raises(NotImplementedError, match=match):
+        jax.eval_shape(functools.partial(call, **KERNEL), q, k, v)
+
+
+def test_none_is_the_kernel_on_a_tpu_where_it_serves(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    arrays = inputs(3, 5)
+
+    def kernels(**options):
+        jaxpr = jax.make_jaxpr(functools.partial(attention, **options))(*arrays)
+        return str(jaxpr).count("pallas_call")
+
+    assert kernels() == 1
+    assert kernels(implementation="xla") == kernels(score_mod=ScoreMod(lgamma)) == 0
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert kernels() == 0
+
+
+def gradient(case, tpu, length, dim, dtype):
+    """The compiled program of output and all gradients for a TPU."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    leaves, treedef = jax.tree.flatten(case)
+    floats = [n for n, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def loss(q, k, v, moving, fixed):
+        given = [moving.get(n, fixed.get(n)) for n in range(len(leaves))]
+        out = attention(q, k, v, **treedef.unflatten(given), **KERNEL)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    def described(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    arrays = [
+        jax.ShapeDtypeStruct((1, length, HEADS, dim), dtype, sharding=sharding) for _ in range(3)
+    ]
+    moving = {n: described(leaves[n]) for n in floats}
+    fixed = {n: described(x) for n, x in enumerate(leaves) if n not in floats}
+    return jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*arrays, moving, fixed).compile()
+
+
+@pytest.fixture
+def compiles_for_tpu(monkeypatch):
+    pytest.importorskip("libtpu", reason="there is no libtpu wheel for this platform")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile as well
+
+
+TPUS = "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
+CONFIGURATIONS = [(name, 128, jnp.bfloat16) for name in CASES]
+CONFIGURATIONS += [("capped_slopes", 64, jnp.bfloat16), ("capped_slopes", 256, jnp.float32)]
+CONFIGURATIONS += [("causal", 512, jnp.bfloat16)]
+ALL = [(tpu, *each) for tpu in TPUS for each in CONFIGURATIONS]
+FIRST = ALL[2]
+
+
+@pytest.mark.parametrize(
+    "tpu, name, dim, dtype",
+    [FIRST, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL if each != FIRST)],
+)
+def test_compiles_for_tpus(compiles_for_tpu, tpu, name, dim, dtype):
+    gradient(cases(1024, 1024)[name], tpu, 1024, dim, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tpu", TPUS)
+@pytest.mark.parametrize("name", ["causal", "capped_slopes", "sink"])
+def test_temporaries_are_no_more_than_some_arrays_like_q(compiles_for_tpu, tpu, name):
+    length = 2**17  # shorter arrays fit into VMEM and do not count
+    case = cases(length, length, dense=False)[name]
+    program = gradient(case, tpu, length, 128, jnp.bfloat16)
+    assert program.memory_analysis().temp_size_in_bytes < length * HEADS * (5 * 2 * 128 + 8 * 4)
+
+
+@pytest.mark.slow
+def test_devices_of_a_mesh_run_it_on_their_own_rows_and_heads(compiles_for_tpu):
+    """Of a mesh of data, tensor and sequence axes, in programs for TPUs."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    for sizes, mode in (((4, 2, 1), "ring"), ((2, 2, 2), "all_to_all")):
+        mesh = jax.make_mesh(
+            sizes,
+            ("data", "tensor", "seq"),
+            devices=devices,
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        )
+        sharding = jax.sharding.NamedSharding(mesh, P("data", "seq", "tensor"))
+        x = jax.ShapeDtypeStruct((4, 2048, 4, 64), jnp.bfloat16, sharding=sharding)
+
+        def loss(q, k, v, mesh=mesh, mode=mode):
+            with sequence_parallel(mesh, mode):
+                return attention(q, k, v, mask=causal).astype(jnp.float32).sum()
+
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x)
+        assert lowered.compile().as_text().count('custom_call_target="tpu_custom_call"') == 3
