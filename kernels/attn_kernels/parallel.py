@@ -146,11 +146,10 @@ def current(kernel: bool = False) -> SequenceParallel | None:
     return None if found.axis in manual else found
 
 
-def kernels_run() -> bool:
-    """Whether what is traced now is a single device's, so that `None` may choose a kernel."""
+def of_one_device() -> bool:
+    """Whether what is traced now has arrays of one device, or is brought there by the context."""
     if _current.get() is not None or jax.device_count() == 1:
         return True
     mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.shape) and all(
-        size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items()
-    )
+    split = [axis for axis, size in mesh.shape.items() if size > 1]
+    return bool(split) and set(split) <= set(mesh.manual_axes)

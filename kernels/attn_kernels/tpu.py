@@ -7,7 +7,13 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attn_kernels.parallel import of_one_device
 from attn_kernels.varying import shaped, varying, varying_axes
+
+
+def available() -> bool:
+    """Whether kernels may be chosen: on a TPU, where the compiler has nothing to split."""
+    return jax.default_backend() == "tpu" and of_one_device()
 
 
 def run(

@@ -210,6 +210,22 @@ def test_transformations(small_blocks):
     np.testing.assert_allclose(slopes("mosaic_tpu"), slopes("xla"), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_inside_a_shard_map(small_blocks):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays = inputs(130, 130)
+
+    def loss(q, k, v, implementation):
+        options = {"mask": causal, "implementation": implementation}
+        call = functools.partial(attention, **options)
+        # Keys and values are shared by the devices, and gather their gradients.
+        specs = {"in_specs": (P("data"), P(), P()), "out_specs": P("data")}
+        return jnp.sin(jax.shard_map(call, mesh=mesh, **specs)(q, k, v)).sum()
+
+    slopes = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
+    for got, want in zip(slopes(*arrays, "mosaic_tpu"), slopes(*arrays, "xla")):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def lgamma(score, b, h, q, k):
     return jax.lax.lgamma(score)
 
@@ -304,7 +320,7 @@ def test_temporaries_are_no_more_than_some_arrays_like_q(compiles_for_tpu, tpu, 
     length = 2**17  # shorter arrays fit into VMEM and do not count
     case = cases(length, length, dense=False)[name]
     program = gradient(case, tpu, length, 128, jnp.bfloat16)
-    assert program.memory_analysis().temp_size_in_bytes < length * HEADS * (5 * 2 * 128 + 8 * 4)
+    assert program.memory_analysis().temp_size_in_bytes < length * HEADS * (7 * 2 * 128 + 8 * 4)
 
 
 @pytest.mark.slow

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
 
+from attn_kernels import tpu
+from attn_kernels.parallel import sequence_parallel
 from attn_kernels.recurrence import linear_attention
+from attn_lab.catalogue import CATALOGUE, Sizes
 
 KINDS = [(decay, write) for decay in (None, "scalar", "channel") for write in ("add", "delta")]
 GATES = -np.inf, -1e4, -50, -1e-4, 0
@@ -78,6 +82,83 @@ def test_error_budget_of_all_kinds(decay, write, length, dtype, rounding):
 def test_segments(decay, write):
     ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] * 1 + [2] * 16 + [-1] * 1 + [0] * 8])
     check(inputs(decay, write, 37), 2e-6, ids)
+
+
+def test_gradients_inside_a_shard_map():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays = inputs("scalar", "delta", 37)
+
+    def everywhere(arrays, **options):
+        def call(arrays):
+            return linear_attention(**arrays, return_state=True, **options)
+
+        sharded = jax.shard_map(call, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+        return sum(jnp.sin(x).sum() for x in sharded(arrays))
+
+    got, want = (
+        jax.jit(jax.grad(functools.partial(everywhere, **options)))(arrays)
+        for options in (KERNEL, {"form": "recurrent"})
+    )
+    for name in arrays:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+FORMS = {"form": "recurrent"}
+ROWS = [row for row in CATALOGUE if FORMS in map(dict, row.variants)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_mechanisms_of_the_catalogue(row, monkeypatch):
+    """Output and gradients within twice the error of the recurrence, where the kernel serves."""
+    arrays = row.example(row.fit(Sizes(B=1, T=70, S=70)), jax.random.key(0))
+
+    def run(arrays, **options):
+        def loss(arrays):
+            out = row.call(arrays, causal=row.causal[-1], **options)
+            weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+            return (out * weights).sum(), out
+
+        slopes, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+        return {"out": out, **slopes}
+
+    base = run(arrays, form="recurrent")
+    with jax.enable_x64(True):
+        exact = run({n: x.astype(jnp.float64) for n, x in arrays.items()}, form="recurrent")
+    monkeypatch.setattr(tpu, "available", lambda: True)
+    call = functools.partial(row.call, causal=row.causal[-1], form="chunk")
+    assert "pallas_call" in str(jax.make_jaxpr(call)(arrays))
+    got = run(arrays, form="chunk")
+    for name, c in exact.items():
+        a, b, c = (np.asarray(x, np.float64) for x in (got[name], base[name], c))
+        bound = 2 * np.abs(b - c).max() + 2e-6 * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound, name
+
+
+@pytest.mark.slow
+def test_devices_of_a_mesh_run_it_on_their_own_rows_and_heads(monkeypatch):
+    """Of a mesh of data, tensor and sequence axes, in programs for TPUs."""
+    pytest.importorskip("libtpu", reason="there is no libtpu wheel for this platform")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    for sizes in (4, 2, 1), (2, 2, 2):
+        mesh = jax.make_mesh(
+            sizes,
+            ("data", "tensor", "seq"),
+            devices=devices,
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        )
+        sharding = jax.sharding.NamedSharding(mesh, P("data", "seq", "tensor"))
+        x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16, sharding=sharding)
+        decay = jax.ShapeDtypeStruct((4, 256, 4), jnp.float32, sharding=sharding)
+
+        def loss(q, k, v, log_decay, mesh=mesh):
+            with sequence_parallel(mesh):
+                return linear_attention(q, k, v, log_decay=log_decay).astype(jnp.float32).sum()
+
+        program = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, decay).compile()
+        assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.parametrize(

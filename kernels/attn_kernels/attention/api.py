@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attn_kernels import parallel
+from attn_kernels import parallel, tpu
 from attn_kernels.attention import definition, mosaic_tpu, streaming
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, softmax
@@ -75,7 +75,7 @@ def _attend(implementation: str | None, normalizer: Normalizer):
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
     if implementation == "definition":
         return definition.attend
-    if implementation is None and jax.default_backend() == "tpu" and parallel.kernels_run():
+    if implementation is None and tpu.available():
         kernel = mosaic_tpu
     else:
         kernel = KERNELS.get(implementation)

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.parallel import kernels_run
+from attn_kernels import tpu
 from attn_kernels.recurrence import definition, mosaic_tpu, parallel
 from attn_kernels.recurrence.chunked import chunked
 from attn_kernels.recurrence.segments import apart
@@ -90,8 +90,8 @@ def linear_attention(
             f"implementation must be None, 'xla' or 'mosaic_tpu', got {implementation!r}"
         )
     kernel = implementation == "mosaic_tpu"
-    if implementation is None and jax.default_backend() == "tpu":
-        kernel = form in ("auto", "chunk") and kernels_run()
+    if implementation is None and tpu.available():
+        kernel = form in ("auto", "chunk")
     for name, size in ("chunk_size", chunk_size), ("sub_chunk_size", sub_chunk_size):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
