@@ -103,8 +103,8 @@ def test_gradients_inside_a_shard_map():
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-FORMS = {"form": "recurrent"}
-ROWS = [row for row in CATALOGUE if FORMS in map(dict, row.variants)]
+PARALLEL = {"form": "parallel"}
+ROWS = [row for row in CATALOGUE if PARALLEL in map(dict, row.variants)]
 
 
 @pytest.mark.slow
