@@ -112,6 +112,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         mesh=make_mesh(**config.mesh.to_dict()),
         rules=PARALLEL,
         sequence=config.sequence,
+        order=config.sequence_order,
         unit=("tokens", config.batch_size * config.length),
     )
     results = summarize(result, text)

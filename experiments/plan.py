@@ -49,7 +49,6 @@ CHIPS = json.loads((Path(__file__).parent / "chips.json").read_text())
 TABLE = {"v5e:16x16": 256, "v5p:8x8x8": 512, "v6e:16x16": 256}
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"
 ITEM = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (4, 8, 16, 32, 64)}
-DEPTHS = 2, 3
 
 
 def devices_of(topology: str) -> list[jax.Device]:
@@ -95,7 +94,7 @@ def abstract_step(config: ConfigDict, mesh: Mesh) -> tuple[Any, Any, Any]:
     tokens = placed(tokens, batch_sharding(tokens, mesh))
     step = make_train_step(
         found[0],
-        on_mesh(loss_fn, mesh, PARALLEL, config.sequence),
+        on_mesh(loss_fn, mesh, PARALLEL, config.sequence, config.sequence_order),
         optimizer,
         seed=config.seed,
         accumulate=config.accumulate,
@@ -224,12 +223,16 @@ def collectives(hlo: str, mesh: Mesh) -> dict[str, dict[str, int]]:
     rings carry it out: `(n - 1) / n` of the payload in a group of n, twice that for all-reduce, and
     the payload itself for collective-permute.
     """
-    parts, found = computations(hlo), {}
+    parts, found, chains = computations(hlo), {}, set()
     pattern = rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\("
     for line, times, where in instructions(parts):
         match = re.search(pattern, line)
         if not match:
             continue
+        if chain := re.search(r'chain_id="(\d+)"', line):
+            if chain[1] in chains:  # it goes on while others compute
+                continue
+            chains.add(chain[1])
         shapes, kind, start = match.groups()
         groups = groups_of(line, mesh.devices.size)
         n = groups.shape[1]
@@ -301,7 +304,7 @@ def model_flops(config: ConfigDict) -> tuple[int, int]:
 
 
 def compiled_numbers(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """What the compiler says of one depth of the model."""
+    """What the compiler says of a step."""
     step, state, batch = abstract_step(config, mesh)
     traced = step.trace(state, batch)
     began = time.perf_counter()
@@ -335,23 +338,8 @@ def compiled_numbers(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def extrapolate(first: Any, second: Any, depths: tuple[int, int], depth: int) -> Any:
-    """The line through numbers at two depths, at another depth; a missing entry is 0."""
-    if isinstance(first, dict) or isinstance(second, dict):
-        first, second = first or {}, second or {}
-        names = sorted(first.keys() | second.keys())
-        return {n: extrapolate(first.get(n, 0), second.get(n, 0), depths, depth) for n in names}
-    if isinstance(first, str) or isinstance(second, str):
-        return second or first
-    slope = (second - first) / (depths[1] - depths[0])
-    return max(0, round(first + slope * (depth - depths[0])))
-
-
 def plan(config: ConfigDict, topology: str) -> dict[str, Any]:
     """Memory, work and communication of a train step on a topology, by device.
-
-    Models of more than `DEPTHS[1]` layers are compiled with `DEPTHS` layers; temporaries, FLOPs
-    and communication follow from the line through the two. Parameters and optimiser are exact.
 
     Returns:
       A dictionary for JSON: `bytes` by kind, `fits`, `flops`, `collectives`, `seconds` and more.
@@ -363,20 +351,7 @@ def plan(config: ConfigDict, topology: str) -> dict[str, Any]:
     devices = devices_of(topology)
     mesh = make_mesh(**config.mesh.to_dict(), devices=devices)
     _, state, batch = abstract_step(config, mesh)
-    depth = config.model.num_layers
-    if depth > DEPTHS[1]:
-        parts = []
-        for layers in DEPTHS:
-            shallow = config.copy_and_resolve_references()
-            shallow.model.num_layers = layers
-            parts.append(compiled_numbers(shallow, mesh))
-        numbers = extrapolate(*parts, DEPTHS, depth)
-        if any("refused" in part for part in parts):
-            numbers["collectives"] = {}
-        numbers["compiled_seconds"] = sum(part["seconds"] for part in parts)
-    else:
-        numbers = compiled_numbers(config, mesh)
-        numbers["compiled_seconds"] = numbers["seconds"]
+    numbers = compiled_numbers(config, mesh)
     params, needed = model_flops(config)
     sizes = {
         "parameters": device_bytes((state.params, state.other)),
@@ -401,9 +376,8 @@ def plan(config: ConfigDict, topology: str) -> dict[str, Any]:
         "devices": count,
         "mesh": dict(mesh.shape),
         "tokens": config.batch_size * config.length,
-        "layers": depth,
-        "layers_compiled": list(DEPTHS) if depth > DEPTHS[1] else [depth],
-        "compile_seconds": round(numbers["compiled_seconds"], 1),
+        "layers": config.model.num_layers,
+        "compile_seconds": round(numbers["seconds"], 1),
         "number_of_parameters": params,
         "bytes": sizes,
         "bytes_used": used,
@@ -426,8 +400,7 @@ def plan(config: ConfigDict, topology: str) -> dict[str, Any]:
 def lines(result: dict[str, Any]) -> Iterator[str]:
     """The plan as text."""
     yield f"{result['topology']}: {result['devices']} devices, mesh {result['mesh']}"
-    depths = " and ".join(map(str, result["layers_compiled"]))
-    yield f"{result['target']}, compiled with {depths} of {result['layers']} layers"
+    yield f"{result['target']}, {result['layers']} layers in {result['compile_seconds']} s"
     for name, size in result["bytes"].items():
         yield f"{name:28} {size / 1e9:12.3f} GB"
     verdict = "fits" if result["fits"] else "does not fit"

@@ -150,6 +150,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         mesh=make_mesh(**config.mesh.to_dict()),
         rules=PARALLEL,
         sequence=config.sequence,
+        order=config.sequence_order,
         unit=("images", size),
     )
     tested = [row for row in result.rows if "test/accuracy" in row]

@@ -71,6 +71,8 @@ class DecoderLM(nnx.Module):
       dropout: rate after the embedding.
       residual_dropout: rate before each residual addition.
       remat: whether the backward pass computes each block again instead of keeping its inside.
+      scan: whether the blocks, which must then be alike, run as one loop. It is compiled as fast as
+        a single block, and a block's backward pass is done before that of the one below begins.
       init_std: of the normal initialiser of all kernels; those that write to the residual stream
         have `init_std / sqrt(2 L)`.
       dtype: of the computation; None is that of the parameters. Logits are float32.
@@ -101,6 +103,7 @@ class DecoderLM(nnx.Module):
         dropout: float = 0.0,
         residual_dropout: float = 0.0,
         remat: bool = False,
+        scan: bool = False,
         init_std: float = 0.02,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -128,7 +131,7 @@ class DecoderLM(nnx.Module):
         )
         self.width, self.dropout, self.tied = width, dropout, tied
         self.max_len = max_len if positions else None
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         embedding = nnx.initializers.normal(init_std)
         self.embed = build.param((vocab_size, width), embedding)
         self.position = build.param((max_len, width), embedding) if positions else nnx.data(None)
@@ -155,6 +158,8 @@ class DecoderLM(nnx.Module):
             norms = make_norm(), make_norm() if mlp else None
             blocks.append(Block(mixer, make_mlp(), *norms, residual_dropout))
         self.blocks = nnx.List(blocks)
+        if scan:
+            _alike(blocks)
         self.norm = make_norm()
 
     def __call__(
@@ -207,7 +212,10 @@ class DecoderLM(nnx.Module):
                 out["residual_norms"].append(jnp.linalg.norm(x.astype(jnp.float32), axis=-1))
 
         note(x)
-        for depth, block in enumerate(self.blocks):
+        scanned = self.scan and cache is None and not capture
+        if scanned:
+            x = _scanned(self.blocks, x, segment_ids, rngs, self.remat)
+        for depth, block in enumerate([] if scanned else self.blocks):
             mixer = block.mixer
             for name, read in ("attention_weights", mixer.weights), ("scores", mixer.scores):
                 if name in out:
@@ -247,6 +255,36 @@ class DecoderLM(nnx.Module):
 @nnx.remat
 def _recomputed(block, x, segment_ids, rngs):
     return block(x, segment_ids=segment_ids, rngs=rngs)[0]
+
+
+def _alike(blocks) -> tuple[nnx.GraphDef, list[nnx.State]]:
+    """What equal blocks have in common, and the parameters of each.
+
+    Raises:
+      ValueError: they are not equal, or have variables that are not parameters.
+    """
+    graphdefs, params, others = zip(*(nnx.split(block, nnx.Param, ...) for block in blocks))
+    if len(set(graphdefs)) > 1 or jax.tree.leaves(others):
+        raise ValueError(
+            "scan needs blocks with the same mixer, arguments and shapes, all of whose variables "
+            "are parameters"
+        )
+    return graphdefs[0], list(params)
+
+
+def _scanned(blocks, x, segment_ids, rngs, remat):
+    graphdef, params = _alike(blocks)
+    keys = None if rngs is None else jax.random.split(rngs(), len(params))
+
+    def body(x, inputs):
+        params, key = inputs
+        block = nnx.merge(graphdef, params, nnx.State({}))
+        rngs = None if key is None else nnx.Rngs(key)
+        return block(x, segment_ids=segment_ids, rngs=rngs)[0], None
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *params)
+    return jax.lax.scan(body, x, (stacked, keys))[0]
 
 
 def _positions_in_segments(segment_ids: jax.Array) -> jax.Array:

@@ -71,6 +71,7 @@ def fit(
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = REPLICATED,
     sequence: str = "ring",
+    order: str = "contiguous",
     unit: tuple[str, int] | None = None,
     progress_seconds: float = 5.0,
 ) -> Result:
@@ -108,7 +109,7 @@ def fit(
       accumulate: micro-batches per update; it divides the batch size.
       mesh: from `make_mesh`; None puts all devices on the axis "data".
       rules: sharding rules of the state, see `sharding.state_sharding`.
-      sequence: how sequences are shared where the mesh has an axis "seq" above 1, see
+      sequence, order: how sequences are shared where the mesh has an axis "seq" above 1, see
         `step.on_mesh`.
       unit: what one update processes, such as `("tokens", 768)`, for the rates shown.
       progress_seconds: time between progress lines; 0 prints none.
@@ -122,7 +123,7 @@ def fit(
         on disk are from before it.
     """
     mesh = make_mesh() if mesh is None else mesh
-    loss_fn = on_mesh(loss_fn, mesh, rules, sequence)
+    loss_fn = on_mesh(loss_fn, mesh, rules, sequence, order)
     evals = evals or {}
     graphdef, state = create_state(model, optimizer)
     shardings = state_sharding(state, mesh, rules)

@@ -57,7 +57,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
 
 
 def on_mesh(
-    loss_fn: LossFn, mesh: jax.sharding.Mesh, rules: Rules = REPLICATED, sequence: str = "ring"
+    loss_fn: LossFn,
+    mesh: jax.sharding.Mesh,
+    rules: Rules = REPLICATED,
+    sequence: str = "ring",
+    order: str = "contiguous",
 ) -> LossFn:
     """The loss as the devices of a mesh compute it: the same numbers.
 
@@ -69,6 +73,7 @@ def on_mesh(
       mesh: from `make_mesh`.
       rules: of the state, by which its parameters are split.
       sequence: "ring", "all_to_all" or "allgather": see `attn_kernels.parallel.sequence_parallel`.
+      order: "contiguous", "zigzag" or "striped": see there.
     """
     if mesh.size == 1:
         return loss_fn
@@ -81,8 +86,8 @@ def on_mesh(
         }
         arrays = {name: variable.get_value() for name, variable in params.items()}
         for name, sharding in state_sharding(arrays, mesh, rules).items():
-            params[name].set_metadata(on_get_value=Gather(gathered(sharding)))
-        with sequence_parallel(mesh, sequence):
+            params[name].set_metadata(on_get_value=Gather(sharding))
+        with sequence_parallel(mesh, sequence, order=order):
             return loss_fn(model, batch, rngs)
 
     return on
@@ -97,7 +102,9 @@ class Gather:
     def __call__(self, variable: nnx.Variable, value: jax.Array) -> jax.Array:
         if value.shape != variable.get_raw_value().shape:  # a part of it
             return value
-        return jax.lax.with_sharding_constraint(value, self.sharding)
+        # The first changes nothing, and its transpose splits the gradient.
+        value = jax.lax.with_sharding_constraint(value, self.sharding)
+        return jax.lax.with_sharding_constraint(value, gathered(self.sharding))
 
 
 def make_train_step(

@@ -58,6 +58,7 @@ def get_config(preset: str = "shakespeare_char_small") -> ConfigDict:
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
             "sequence": "ring",
+            "sequence_order": "contiguous",
             "log_every": 50,
             "eval_every": 250,
             "eval_batches": 20,

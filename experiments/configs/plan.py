@@ -77,5 +77,6 @@ def get_config(preset: str = "124m-softmax-2k") -> ConfigDict:
         "positions": None,
         "tied": size == "124m",
         "remat": True,
+        "scan": True,
     }
     return config

@@ -72,6 +72,7 @@ def get_config(preset: str = "mnist") -> ConfigDict:
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
             "sequence": "ring",
+            "sequence_order": "contiguous",
         }
     )
     if preset in NAMES:

@@ -198,6 +198,13 @@ class Four:
             ("all-gather data+seq", 1, 32, 24),
         ),
         ("f32[8] all-reduce(%x), replica_groups={}", ("all-reduce data+seq", 1, 32, 48)),
+        # A chain of fusions, in which it goes on while they compute.
+        (
+            'f32[8] all-gather(%x), replica_groups=[2,2]<=[4], frontend_attributes={chain_id="3"}\n'
+            "  %n = f32[8] all-gather(%x), replica_groups=[2,2]<=[4], "
+            'frontend_attributes={chain_id="3"}',
+            ("all-gather seq", 1, 32, 16),
+        ),
         # Called computations: a TPU's reduction to parts, and one that is started and then awaited.
         (
             "f32[4] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1",

@@ -80,6 +80,37 @@ def test_recomputed_blocks_have_the_same_gradients(dropout):
     )
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_as_one_loop_have_the_same_gradients(remat):
+    ids = tokens()
+
+    def gradients(scan):
+        arguments = {"mixers": "gated_linear_attention", "num_layers": 3}
+        graphdef, params = nnx.split(model(**arguments, scan=scan, remat=remat))
+
+        def loss(params):
+            return (nnx.merge(graphdef, params)(ids)[0] ** 2).sum()
+
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+        return lowered.compile()(params), lowered.cost_analysis()["flops"]
+
+    (want, unrolled), (got, looped) = map(gradients, (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+    assert looped < unrolled  # it counts a loop once
+
+
+def test_dropout_in_a_loop_is_a_function_of_the_key():
+    lm = model(scan=True, residual_dropout=0.5)
+    first, again, other = (lm(tokens(), rngs=nnx.Rngs(n))[0] for n in (0, 0, 1))
+    close(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_blocks_that_differ_cannot_be_one_loop():
+    with pytest.raises(ValueError, match="scan needs blocks with the same mixer"):
+        model(mixers=["base_conv", "dot_product_attention"], scan=True)
+
+
 def test_parameter_counts():
     """GPT-2's 124M: 12 layers of width 768, tied."""
 

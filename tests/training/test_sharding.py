@@ -73,6 +73,7 @@ DECODER = """
 import re, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
+from attn_kernels import parallel
 from attn_lab.models import DecoderLM
 from attn_lab.training import *
 
@@ -81,27 +82,31 @@ tokens = np.asarray(jax.random.randint(jax.random.key(0), (8, 33), 0, 96))
 batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 optimizer = Optimizer(*optax.sgd(1.0), lambda step: 1.0)
 
+seen = []
+
 def loss_fn(model, batch, rngs):
+    seen.append(parallel.current())
     return cross_entropy(model(batch["inputs"], rngs=rngs)[0], batch["targets"])
 
-def train(mixer, arguments, mesh, rules):
+def train(mixer, arguments, mesh, rules, order="contiguous", **options):
+    settings = dict(vocab_size=96, width=32, num_layers=1, max_len=32, mlp="swiglu") | options
     model = DecoderLM(
-        vocab_size=96, width=32, num_layers=1, mixers=mixer, max_len=32, mlp="swiglu",
-        mixer_args={"num_heads": 4} | arguments, init_std=0.2, rngs=nnx.Rngs(0),
+        mixers=mixer, mixer_args={"num_heads": 4} | arguments, init_std=0.2, rngs=nnx.Rngs(0),
+        **settings,
     )
     graphdef, state = create_state(model, optimizer)
     shardings = state_sharding(state, mesh, rules)
     state, placed = jax.device_put(state, shardings), shard_batch(batch, mesh)
     step = make_train_step(
-        graphdef, on_mesh(loss_fn, mesh, rules), optimizer, shardings=shardings
+        graphdef, on_mesh(loss_fn, mesh, rules, order=order), optimizer, shardings=shardings
     ).lower(state, placed).compile()
     state, metrics = step(state, placed)
     return jax.device_get((state.params, metrics)), state.params, step.as_text()
 
 cases = eval(sys.argv[1])
-for mixer, arguments, sizes in cases:
-    one, _, _ = train(mixer, arguments, make_mesh(devices=jax.devices()[:1]), ())
-    many, params, hlo = train(mixer, arguments, make_mesh(**sizes), PARALLEL)
+for mixer, arguments, sizes, options in cases:
+    one, _, _ = train(mixer, arguments, make_mesh(devices=jax.devices()[:1]), (), **options)
+    many, params, hlo = train(mixer, arguments, make_mesh(**sizes), PARALLEL, **options)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), one, many)
     up = params["blocks"][0]["mlp"]["up"]["kernel"]
     shared = sizes.get("fsdp", 1) * sizes.get("seq", 1)
@@ -110,15 +115,18 @@ for mixer, arguments, sizes in cases:
     gathers = [line for line in hlo.splitlines() if " all-gather(" in line]
     whole = [line for line in gathers if re.search(r"= f32\\[[0-9]+,[0-9]+,96\\]", line)]
     assert not whole, whole  # logits stay where their words are
+    if "seq" in sizes:
+        assert seen[-1].order == options.get("order", "contiguous")
 """
 MIXED = (
     dict(data=2, fsdp=2, tensor=2),
     dict(data=2, tensor=2, seq=2),
     dict(data=1, fsdp=2, tensor=2, seq=2),
 )
+SCANNED = {"num_layers": 2, "scan": True, "remat": True}
 FEW = [
-    ("dot_product_attention", {}, MIXED[2]),
-    ("gated_delta_rule", {"head_dim": 8}, MIXED[1]),
+    ("dot_product_attention", {}, MIXED[2], SCANNED | {"order": "zigzag"}),
+    ("gated_delta_rule", {"head_dim": 8}, MIXED[1], {}),
 ]
 EACH = (
     dict(data=8),
@@ -132,7 +140,9 @@ MIXERS = (
     ("gated_linear_attention", {}),
     ("gated_delta_rule", {"head_dim": 8}),
 )
-ALL = [(*mixer, sizes) for mixer in MIXERS for sizes in (*EACH, *MIXED)]
+ALL = [(*mixer, sizes, {}) for mixer in MIXERS for sizes in (*EACH, *MIXED)]
+ALL += [(*mixer, MIXED[2], SCANNED) for mixer in MIXERS]
+ALL += [(*MIXERS[0], dict(data=2, seq=4), {"order": order}) for order in ("zigzag", "striped")]
 
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=len)
