@@ -91,12 +91,12 @@ def test_blocks_as_one_loop_have_the_same_gradients(remat):
         def loss(params):
             return (nnx.merge(graphdef, params)(ids)[0] ** 2).sum()
 
-        lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
-        return lowered.compile()(params), lowered.cost_analysis()["flops"]
+        found = [eqn.params.get("length") for eqn in jax.make_jaxpr(loss)(params).eqns]
+        return jax.jit(jax.value_and_grad(loss))(params), 3 in found
 
     (want, unrolled), (got, looped) = map(gradients, (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
-    assert looped < unrolled  # it counts a loop once
+    assert looped and not unrolled
 
 
 def test_dropout_in_a_loop_is_a_function_of_the_key():
