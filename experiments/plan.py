@@ -5,8 +5,9 @@
 compiles the train step of a language config for a TPU topology (which needs the `libtpu` wheel and
 no TPU), prints bytes, FLOPs and communication of a device and writes `plan.json` into the workdir.
 The exit status is 1 if the step does not fit. `--topology=h100:8` compiles for so many CPU devices:
-XLA partitions the program alike, but its temporaries are those of a CPU. `--table` prints the
-presets for three topologies in markdown, keeping what is done in the workdir.
+XLA partitions the program alike, but its temporaries are those of a CPU. `--table` plans the
+presets of `TABLE` for three topologies, saves each row in `benchmarks/plan.json` as soon as it is
+done, and writes them into `docs/plan.md`; rows that the file holds are not made again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ from attn_lab.training.sharding import batch_sharding
 from experiments.configs import plan as presets
 from experiments.language import build_model, loss_fn
 
-CHIPS = json.loads((Path(__file__).parent / "chips.json").read_text())
+ROOT = Path(__file__).parent.parent
+CHIPS = json.loads((ROOT / "experiments/chips.json").read_text())
 TABLE = {"v5e:16x16": 256, "v5p:8x8x8": 512, "v6e:16x16": 256}
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"
 ITEM = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (4, 8, 16, 32, 64)}
@@ -435,18 +437,33 @@ def markdown(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def table(workdir: str | Path) -> dict[str, dict[str, Any]]:
-    """Plans of the presets on three topologies; those that the workdir holds are not made again."""
-    rows = {}
+def table(path: Path) -> dict[str, dict[str, Any]]:
+    """Plans of the presets on three topologies; those that a JSON file holds are not made again."""
+    rows = json.loads(path.read_text()) if path.exists() else {}
     for preset in presets.TABLE:
         for topology, count in TABLE.items():
             name = f"{preset} {topology}"
-            path = Path(workdir) / f"{name.replace(':', '_').replace(' ', '_')}.json"
-            if not path.exists():
-                result = plan(presets.get_config(f"{preset}-{count}"), topology)
-                write(result, path)
-            rows[name] = json.loads(path.read_text())
-    return rows
+            if name not in rows:
+                rows[name] = plan(presets.get_config(f"{preset}-{count}"), topology)
+                print(*lines(rows[name]), sep="\n", end="\n\n", flush=True)
+                write(rows, path)
+    return {
+        f"{preset} {name}": rows[f"{preset} {name}"] for preset in presets.TABLE for name in TABLE
+    }
+
+
+def with_table(text: str, rows: dict[str, dict[str, Any]]) -> str:
+    """A text whose only table of that header has these rows.
+
+    Raises:
+      ValueError: there is no such table.
+    """
+    head, *body = markdown(rows)
+    start = text.find(head)
+    if start < 0:
+        raise ValueError(f"there is no table that begins with {head}")
+    old = re.match(r"(?:\|.*\n)+", text[start:])[0]
+    return text.replace(old, "\n".join([head, *body]) + "\n")
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -458,7 +475,8 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 def main(config: ConfigDict, workdir: str) -> None:
     if flags.FLAGS.table:
-        print(*markdown(table(workdir)), sep="\n")
+        rows, page = table(ROOT / "benchmarks/plan.json"), ROOT / "docs/plan.md"
+        page.write_text(with_table(page.read_text(), rows))
         return
     chip, _, sizes = flags.FLAGS.topology.partition(":")
     if chip == "h100" and sizes.isdigit():
