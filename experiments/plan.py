@@ -274,9 +274,8 @@ def product_flops(jaxpr: Any) -> int:
             case "cond":
                 return max(inner)
             case "shard_map":
-                mesh = eqn.params["mesh"]
-                names = eqn.params.get("manual_axes", mesh.axis_names)
-                return sum(inner) * math.prod(mesh.shape[name] for name in names)
+                names, sizes = eqn.params["newly_manual_axes"], eqn.params["mesh"].shape
+                return sum(inner) * math.prod(sizes[name] for name in names)
         return sum(inner)
 
     return sum(flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)

@@ -3,8 +3,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from attn_lab.training import make_mesh
 from experiments import plan as module
@@ -253,6 +256,20 @@ def test_products_in_loops_are_counted():
 
     jaxpr = jax.make_jaxpr(f)(np.ones((2, 3)), np.ones((5, 3, 3)))
     assert module.product_flops(jaxpr) == 5 * 2 * 2 * 3 * 3
+
+
+def test_products_of_every_device_are_counted_once():
+    mesh = AbstractMesh((2, 4), ("data", "seq"))
+
+    def f(x, w):
+        split = P("seq"), P()
+        return jax.shard_map(jnp.matmul, in_specs=split, out_specs=P("seq"), axis_names={"seq"})(
+            x, w
+        )
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(f)(np.ones((8, 3)), np.ones((3, 5)))
+    assert module.product_flops(jaxpr) == 2 * 8 * 3 * 5
 
 
 def test_what_does_not_exist_is_named():
