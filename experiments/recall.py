@@ -3,9 +3,9 @@
     python -m experiments.recall [--config=FILE[:PRESET]] [--config.KEY=VALUE] [--workdir=DIR]
 
 trains every mixer at every width and learning rate of the config, prints a table, and leaves
-`recall.png` (accuracy over steps; best accuracy against the size of the state) and `results.json`
-in the workdir. Every run has a folder of its own there; the same command continues what was
-interrupted. The presets are in `experiments/configs/recall.py`.
+`recall.png` (accuracy over steps; best accuracy against the size of the state), `results.json` and,
+for the best run, `result.json` in the workdir. Every run has a folder of its own there; the same
+command continues what was interrupted. The presets are in `experiments/configs/recall.py`.
 """
 
 from __future__ import annotations
@@ -236,6 +236,13 @@ def best_runs(runs: Iterable[Run]) -> list[Run]:
     return list(best.values())
 
 
+def summarize(runs: Iterable[Run]) -> dict[str, str | float]:
+    """The settings of the run with the best accuracy and what came out, as plain numbers."""
+    best = max(runs, key=lambda run: run.accuracy)._asdict()
+    del best["curve"]
+    return best | {f"{part}/accuracy": value for part, value in best.pop("by_part").items()}
+
+
 def table(runs: Sequence[Run]) -> str:
     """The best run of every mixer and width."""
     pad = max(26, *(len(run.mixer) for run in runs))
@@ -287,4 +294,5 @@ def plot(runs: Sequence[Run], path: Path, chance: float) -> None:
 
 
 if __name__ == "__main__":
-    run_main(train, Path(__file__).parent / "configs/recall.py", "runs/recall")
+    config_file = Path(__file__).parent / "configs/recall.py"
+    run_main(lambda *arguments: summarize(train(*arguments)), config_file, "runs/recall")

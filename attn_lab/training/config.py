@@ -64,14 +64,22 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
     if jax.process_index() > 0:
         return workdir
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(asked, indent=2) + "\n")
-    partial.replace(path)
+    write_json(path, asked)
     return workdir
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a whole file, or, if the process is killed, none."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
 
 
 def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir: str) -> None:
     """The main program of an experiment: `train(config, workdir)` with both from flags.
+
+    If `train` returns a mapping, that is written to `result.json` in the workdir at the very end: a
+    run with this file is finished.
 
     `--config=FILE[:PRESET]` takes the config from `get_config(PRESET)` of a Python file,
     `--config.KEY=VALUE` changes one key of it and `--workdir=DIR` says where results go. Bad input
@@ -117,7 +125,9 @@ def run_main(train: Callable[[Any, str], Any], config_file: str | Path, workdir:
                 jax.distributed.initialize(*named)
             elif hosts.value:
                 jax.distributed.initialize()
-            train(config.value, directory.value)
+            result = train(config.value, directory.value)
+            if isinstance(result, Mapping) and jax.process_index() == 0:
+                write_json(Path(directory.value) / "result.json", result)
         except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError) as error:
             logging.debug("Traceback of the error", exc_info=True)
             raise SystemExit(f"error: {error}") from error

@@ -27,6 +27,10 @@ def train(config, workdir):
         raise ValueError(f"steps must be positive; got {config.steps}")
     logging.info("not shown")
     print(json.dumps([workdir, config.steps, config.model.width, config.betas]))
+    if workdir.startswith("made"):
+        import pathlib
+        pathlib.Path(workdir).mkdir()
+        return {"steps": config.steps}
 
 run_main(train, "conf.py", "runs/default")
 """
@@ -63,6 +67,14 @@ def program(tmp_path):
 def test_flags_reach_the_experiment(program, args, expected):
     done = program(*args)
     assert json.loads(done.stdout) == expected and not done.stderr
+
+
+def test_a_finished_run_leaves_its_result(program, tmp_path):
+    assert not program("--workdir=made").stderr
+    assert json.loads((tmp_path / "made/result.json").read_text()) == {"steps": 3}
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["result.json"]
+    assert program("--workdir=made_wrong", "--config.steps=-1").returncode == 1
+    assert not (tmp_path / "made_wrong").exists()
 
 
 @pytest.mark.parametrize(
