@@ -341,6 +341,16 @@ def test_the_status_says_whether_a_step_fits(tmp_path, rows, status):
     assert result["tokens"] == rows * config.length and result["fits"] == (status == 0)
 
 
+def test_the_documentation_has_the_rows_that_were_planned():
+    rows = json.loads((module.ROOT / "benchmarks/plan.json").read_text())
+    assert set(rows) == {f"{preset} {name}" for preset in presets.TABLE for name in module.TABLE}
+    page = (module.ROOT / "docs/plan.md").read_text()
+    assert module.with_table(page, rows) == page
+    first = next(iter(rows))
+    changed = rows | {first: rows[first] | {"fits": not rows[first]["fits"]}}
+    assert module.with_table(page, changed) != page
+
+
 def test_rows_are_saved_one_by_one_and_not_made_again(tmp_path, monkeypatch, plans):
     asked = []
 
