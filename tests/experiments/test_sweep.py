@@ -82,7 +82,8 @@ def fake(tmp_path, monkeypatch):
     paths = [str(tmp_path), str(ROOT), str(ROOT / "kernels")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
-    return lambda points, **base: Sweep("programs.fake", str(tmp_path / "conf.py"), points, base)
+    yield lambda points, **base: Sweep("programs.fake", str(tmp_path / "conf.py"), points, base)
+    kill(*processes_of(tmp_path))
 
 
 def record(tmp_path, what="end"):
