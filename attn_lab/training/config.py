@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -70,7 +71,7 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any]) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a whole file, or, if the process is killed, none."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(path)
 
