@@ -20,6 +20,7 @@ import csv
 import difflib
 import fcntl
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -153,12 +154,13 @@ def plan_runs(sweep: Sweep, workdir: str | Path) -> list[Run]:
     """The runs of a sweep; its workdir is claimed for its experiment and config.
 
     Raises:
-      ValueError: a config key does not exist, a value does not fit, a point is there twice, or the
-        workdir is another's. Nothing on disk has changed.
+      ValueError: there is no such experiment or config key, a value does not fit, a point is there
+        twice, or the workdir is another's. Nothing on disk has changed.
     """
     module = sweep.experiment if "." in sweep.experiment else f"experiments.{sweep.experiment}"
-    file, _, preset = sweep.config.partition(":")
-    config = runpy.run_path(file)["get_config"](*filter(None, [preset]))
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"there is no experiment {sweep.experiment!r}")
+    config = _load(sweep.config, "get_config")
     _override(config, sweep.base)
     points = chain(sweep.points)
     for point in points:
@@ -172,6 +174,15 @@ def plan_runs(sweep: Sweep, workdir: str | Path) -> list[Run]:
         command = ("-m", module, f"--config={sweep.config}", *changes, f"--workdir={folder}")
         runs.append(Run(folder.name, point, folder, command))
     return runs
+
+
+def _load(spec: str, function: str) -> Any:
+    """What a function of a Python file returns, called with what follows `:` in FILE:NAME."""
+    file, _, name = spec.partition(":")
+    found = runpy.run_path(file)
+    if function not in found:
+        raise ValueError(f"{file} has no {function}")
+    return found[function](*filter(None, [name]))
 
 
 def _override(config: ConfigDict, point: Point) -> None:
@@ -276,7 +287,7 @@ def run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise ValueError("Ray is not installed: pip install 'attn_lab[ray]'") from error
+        raise ImportError("Ray is not installed: pip install 'attn_lab[ray]'") from error
     ray.init(address=address, log_to_driver=False)
     special = {name: count for name, count in resources.items() if name not in ("CPU", "GPU")}
     on_slices = any(name.startswith("TPU-") and name.endswith("-head") for name in special)
@@ -480,8 +491,7 @@ def main(argv: list[str]) -> None:
         if argv[1:]:
             raise ValueError(f"unexpected argument {argv[1]!r}")
         if given.sweep:
-            file, _, name = given.sweep.partition(":")
-            sweep = runpy.run_path(file)["get_sweep"](*filter(None, [name]))
+            sweep = _load(given.sweep, "get_sweep")
         elif given.experiment and given.config:
             factors = [over(*_parse(text, "over", split=True)) for text in given.over]
             base = _merge([dict([_parse(text, "set", split=False)]) for text in given.set])
@@ -506,7 +516,7 @@ def main(argv: list[str]) -> None:
             print(picture)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     if failed:
         lines = [f"  {name}: {problem}" for name, problem in failed.items()]

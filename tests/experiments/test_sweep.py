@@ -81,6 +81,7 @@ def fake(tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(TINY)
     paths = [str(tmp_path), str(ROOT), str(ROOT / "kernels")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
     yield lambda points, **base: Sweep("programs.fake", str(tmp_path / "conf.py"), points, base)
     kill(*processes_of(tmp_path))
@@ -259,6 +260,24 @@ def test_the_program_reports_and_plots(fake, tmp_path):
     process = drive(*flags, "--report")
     assert "| 2.5 | 2 |" in process.communicate(timeout=60)[0] and picture.exists()
     assert sum(record(tmp_path, "start").values()) == 8
+
+
+def test_bad_flags_end_with_one_line(fake, tmp_path):
+    config = f"--config={tmp_path / 'conf.py'}"
+    bad = {
+        "there is no experiment 'recal'": ["--experiment=recal", config],
+        "missing.py": ["--experiment=recall", "--config=missing.py"],
+        "conf.py has no get_sweep": [f"--sweep={tmp_path / 'conf.py'}"],
+        "--over needs KEY=VALUE": ["--experiment=recall", config, "--over=x"],
+        "unknown config key z": ["--experiment=recall", config, "--set=z=1"],
+        "--sweep=FILE[:NAME], or": ["--experiment=recall"],
+    }
+    started = [drive(*flags, f"--workdir={tmp_path / 'runs'}") for flags in bad.values()]
+    for message, process in zip(bad, started):
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 1 and message in output
+        assert output.startswith("error: ") and output.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_plot_names_what_is_not_there(tmp_path):
