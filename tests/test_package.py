@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "attn_lab.models": {"attn_lab.ops", "attn_lab.nn"},
     "attn_lab.tasks": set(),
     "attn_lab.data": set(),
-    "attn_lab.training": {"attn_kernels.parallel"},
+    "attn_lab.training": {"attn_kernels.parallel", "attn_lab.data.order"},
     "attn_lab.distributed": {"attn_kernels", "attn_lab.ops"},
     "attn_lab.catalogue": {"attn_lab.ops"},
     "attn_lab.analysis": {"attn_kernels", "attn_lab.ops"},

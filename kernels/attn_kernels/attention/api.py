@@ -1,12 +1,13 @@
 """The entry to engine 1: one contract, several implementations."""
 
+import importlib
 import math
 
 import jax
 import jax.numpy as jnp
 
 from attn_kernels import parallel, tpu
-from attn_kernels.attention import definition, mosaic_tpu, streaming
+from attn_kernels.attention import definition, streaming
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, softmax
 from attn_kernels.attention.parallel import across_devices
@@ -15,7 +16,7 @@ from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
 from attn_kernels.attention.tile import Tile
 
-KERNELS = {"mosaic_tpu": mosaic_tpu}
+KERNELS = ("mosaic_gpu", "mosaic_tpu")  # modules, imported where they are used
 IMPLEMENTATIONS = ("definition", "xla", *KERNELS)
 
 
@@ -50,9 +51,10 @@ def attention(
       return_stats: whether to return the statistics of the rows as well.
       implementation: "definition" (materialises the weights, O(T S) memory), "xla" (streams over
         tiles, O(T + S) memory, differentiable any number of times in both modes), "mosaic_tpu" (a
-        kernel for float32 and bfloat16, differentiable once in reverse mode; interpreted on a CPU),
-        or None: on a TPU the kernel for what it serves, "xla" otherwise and elsewhere. With several
-        devices None takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
+        kernel for float32 and bfloat16) and "mosaic_gpu" (one for bfloat16 and float16 on Hopper),
+        which are differentiable once in reverse mode and interpreted on a CPU, or None: on a TPU
+        its kernel for what it serves, "xla" otherwise and elsewhere. With several devices None
+        takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of `v`; with `return_stats` also `[B, T, H]` in float32 or
@@ -75,13 +77,12 @@ def _attend(implementation: str | None, normalizer: Normalizer):
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
     if implementation == "definition":
         return definition.attend
-    if implementation is None and tpu.available():
-        kernel = mosaic_tpu
-    else:
-        kernel = KERNELS.get(implementation)
-    stream = across_devices(streaming.attend)
-    if kernel is None:
+    stream, name = across_devices(streaming.attend), implementation
+    if name is None and tpu.available():
+        name = "mosaic_tpu"
+    if name not in KERNELS:
         return stream
+    kernel = importlib.import_module(f"attn_kernels.attention.{name}")
     serve = across_devices(kernel.attend, kernel=True)
     found = parallel.current()
 

@@ -5,6 +5,8 @@ the shape of everything in it says which axes it has. A kernel then runs it with
 which only have to broadcast: a number, a row, a column or all pairs, queries along either axis.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,18 +27,38 @@ CALLS = {
 }
 SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "reduce_sum"}
 SAME = {"copy", "copy_p", "stop_gradient", "pcast", "pvary"}
+
+
+def _pow(x, y):
+    """`x ** y`, by logarithms."""
+    y = jnp.asarray(y, x.dtype)
+    size = jnp.where(y == 0, 1, jnp.exp(y * jnp.log(jnp.abs(x))))
+    half = y / 2
+    sign = jnp.where(half == jax.lax.round(half), 1, -1)
+    negative = jnp.where(y == jax.lax.round(y), sign * size, jnp.nan)
+    return jnp.where(x < 0, negative, size)
+
+
+def _integer_pow(x, y):
+    return 1 / _integer_pow(x, -y) if y < 0 else math.prod([x] * y, start=1)
+
+
+# By name, functions of the arguments and parameters of a primitive.
 REWRITTEN = {
-    "add_any": jnp.add,
-    "square": lambda x: x * x,
+    "add_any": lambda x, y: x + y,
     "erfc": lambda x: 1 - jax.lax.erf(x),
-    "expm1": lambda x: jnp.exp(x) - 1,
-    "log1p": lambda x: jnp.log(1 + x),
-    "logistic": lambda x: 1 / (1 + jnp.exp(-x)),
+    "expm1": lambda x, **_: jnp.exp(x) - 1,
+    "integer_pow": _integer_pow,
+    "log1p": lambda x, **_: jnp.log(1 + x),
+    "logistic": lambda x, **_: 1 / (1 + jnp.exp(-x)),
+    "one_minus_square": lambda x: 1 - x * x,
+    "pow": _pow,
+    "square": lambda x: x * x,
 }
 COMMON = frozenset(
-    "abs add and ceil clamp convert_element_type div eq exp exp2 floor ge gt integer_pow le log lt "
-    "max min mul ne neg not or pow rem rsqrt select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign sqrt sub tanh xor".split()
+    "abs add and clamp convert_element_type cos div eq exp exp2 ge gt le log lt max "
+    "min mul ne neg not or rem round rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sqrt sub tanh xor".split()
 )
 
 
@@ -68,7 +90,7 @@ def _obstacle(jaxpr, consts, primitives):
             continue
         elif name in REWRITTEN:
             inputs = [x.aval for x in eqn.invars]
-            closed = jax.make_jaxpr(REWRITTEN[name])(*inputs)
+            closed = jax.make_jaxpr(functools.partial(REWRITTEN[name], **eqn.params))(*inputs)
             if found := _obstacle(closed.jaxpr, closed.consts, primitives):
                 return found
         else:
@@ -124,7 +146,7 @@ def _run(jaxpr, consts, args, primitives):
         elif name in SHAPES or name in SAME:
             out = given[:1]
         elif name in REWRITTEN and name not in primitives:
-            out = [REWRITTEN[name](*given)]
+            out = [REWRITTEN[name](*given, **eqn.params)]
         else:
             shape = jnp.broadcast_shapes(*map(jnp.shape, given))
             given = [jnp.broadcast_to(x, shape) for x in given] if shape else given

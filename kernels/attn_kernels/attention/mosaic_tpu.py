@@ -12,8 +12,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -28,7 +26,17 @@ BLOCK = 512  # queries and keys of a tile, or fewer: multiples of LANES
 LANES = 128
 WIDEST = 512  # dimensions of a head: blocks of more do not fit into VMEM
 LISTED = 2**17  # blocks in a list: more do not fit into SMEM
-PRIMITIVES = COMMON | {"erf", "erf_inv", "log1p", "logistic", "sin", "cos", "is_finite", "round"}
+PRIMITIVES = COMMON | {
+    "ceil",
+    "erf",
+    "erf_inv",
+    "integer_pow",
+    "floor",
+    "is_finite",
+    "log1p",
+    "logistic",
+    "pow",
+}
 
 
 def refusal(tile: Tile) -> str | None:
@@ -90,67 +98,33 @@ def _attend(problem, *args):
 
 def _forward(problem, *args):
     primals = jax.tree.map(lambda x: x.value, args)
-    moving = tuple(n for n in problem.parts.moving if args[5][n].perturbed)
-    parts = dataclasses.replace(problem.parts, moving=moving)
+    problem = dataclasses.replace(problem, parts=problem.parts.perturbed(args[5]))
     results = _outputs(problem, *primals)
-    return results, (dataclasses.replace(problem, parts=parts), primals, results)
+    return results, (problem, primals, results)
 
 
 def _backward(_, saved, cotangents):
-    problem, (q, k, v, scale, sink, leaves), (out, stats) = saved
-    dout, dstats = jax.tree.map(
-        lambda x, like: jnp.zeros_like(like) if isinstance(x, SymbolicZero) else x,
-        cotangents,
-        (out, stats),
-        is_leaf=lambda x: isinstance(x, SymbolicZero),
-    )
+    problem, (q, k, v, scale, sink, leaves), results = saved
+    (out, stats), (dout, dstats) = results, traced.given(cotangents, results)
     rows, dsink = [], None
     if problem.parts.softmax:
         top, total = stats
         inverse = 1 / jnp.where(total > 0, total, 1)
-        product = dout.astype(jnp.float32) * out.astype(jnp.float32)
-        lost = product.sum(-1, keepdims=True) - total * dstats[1]
-        rows = [jnp.where(top == -jnp.inf, 0, top), inverse, lost]
+        inner = dout.astype(jnp.float32) * out.astype(jnp.float32)
+        inner = inner.sum(-1, keepdims=True)
+        rows = [jnp.where(top == -jnp.inf, 0, top), inverse, inner - total * dstats[1]]
         if sink is not None:
             silent = jnp.exp(sink.astype(top.dtype) - top)
-            dsink = _reduced(silent * (dstats[1] - (lost + total * dstats[1]) * inverse), sink)
+            dsink = traced.reduced(silent * (dstats[1] - inner * inverse), sink)
     arrays = q, k, v, dout, scale, leaves, rows
     dq, of_rows = _row_slopes(problem, *arrays)
     dk, dv, of_columns = _column_slopes(problem, *arrays)
-    slopes = of_rows | of_columns
-    slopes = [_reduced(slopes[n], x) if n in slopes else _no_slope(x) for n, x in enumerate(leaves)]
+    dk, dv = traced.grouped(dk, k), traced.grouped(dv, v)
     dscale = jnp.vdot(dq.astype(jnp.float32), q.astype(jnp.float32)) / scale
-    return (
-        dq,
-        _grouped(dk, k),
-        _grouped(dv, v),
-        dscale.astype(scale.dtype),
-        dsink,
-        slopes,
-    )
+    return dq, dk, dv, dscale, dsink, traced.slopes_of(leaves, of_rows | of_columns)
 
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _reduced(x, like):
-    """Sums over the axes that `like` lacks."""
-    axes = tuple(n for n in range(4) if like.shape[n] == 1 < x.shape[n])
-    return x.sum(axes, keepdims=True).astype(like.dtype)
-
-
-def _grouped(x, like):
-    """Sums over the query heads of every head of `like`."""
-    if x.shape == like.shape:
-        return x
-    batch, heads, length, dim = like.shape
-    return x.reshape(batch, heads, -1, length, dim).sum(2).astype(like.dtype)
-
-
-def _no_slope(x):
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros_like(x)
-    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 class Tiles:

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from attn_kernels.attention import elementwise
 from attn_kernels.attention.elementwise import KEYS, PAIRS, QUERIES
@@ -44,6 +45,11 @@ class Parts:
         object.__setattr__(self, "masked", mask is not None)
         object.__setattr__(self, "softmax", softmax)
         object.__setattr__(self, "plain", softmax and score_mod is None)
+
+    def perturbed(self, leaves) -> "Parts":
+        """The same, those leaves alone moving that are said to be perturbed."""
+        moving = tuple(n for n in self.moving if leaves[n].perturbed)
+        return dataclasses.replace(self, moving=moving)
 
     def allowed(self, place, leaves) -> jax.Array:
         """Which pairs the mask allows."""
@@ -200,3 +206,38 @@ def tile_lists(
     with jax.ensure_compile_time_eval():
         order, full, some = made()
         return order[..., : max(1, int(some.max()))], full, some
+
+
+def given(cotangents, results):
+    """The cotangents of results, symbolic zeros as arrays."""
+    return jax.tree.map(
+        lambda x, like: jnp.zeros_like(like) if isinstance(x, SymbolicZero) else x,
+        cotangents,
+        results,
+        is_leaf=lambda x: isinstance(x, SymbolicZero),
+    )
+
+
+def reduced(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums over the axes that `like` lacks."""
+    axes = tuple(n for n in range(4) if like.shape[n] == 1 < x.shape[n])
+    return x.sum(axes, keepdims=True).astype(like.dtype)
+
+
+def grouped(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums `[B, H, n, D]` over the query heads of every head of `like`."""
+    if x.shape == like.shape:
+        return x.astype(like.dtype)
+    batch, heads, length, dim = like.shape
+    x = x.reshape(batch, heads, -1, length, dim)
+    return x.sum(2, dtype=jnp.float32).astype(like.dtype)
+
+
+def slopes_of(leaves: list[jax.Array], slopes: dict[int, jax.Array]) -> list[jax.Array]:
+    """The cotangents of all leaves from those by number, `[B, H, T|1, S|1]`."""
+
+    def none(x):
+        exact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.zeros_like(x) if exact else np.zeros(x.shape, jax.dtypes.float0)
+
+    return [reduced(slopes[n], x) if n in slopes else none(x) for n, x in enumerate(leaves)]
