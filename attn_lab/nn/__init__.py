@@ -9,6 +9,7 @@ from attn_lab.nn.attention import (
     DifferentialAttention,
     GatedAttention,
     MultiHeadAttention,
+    NeighborhoodAttention,
     SigmoidAttention,
     SinkAttention,
 )
@@ -115,6 +116,7 @@ from attn_lab.nn.transnormer import DiagAttention, NormAttention, SimpleGLU, Tra
 MIXERS: dict[str, type[Mixer]] = {
     "dot_product_attention": MultiHeadAttention,
     "sigmoid_attention": SigmoidAttention,
+    "neighborhood_attention": NeighborhoodAttention,
     "sink_attention": SinkAttention,
     "gated_attention": GatedAttention,
     "differential_attention": DifferentialAttention,
@@ -305,6 +307,7 @@ __all__ = [
     "MultiHeadLatentAttention",
     "MultiScaleRetention",
     "MultiTokenAttention",
+    "NeighborhoodAttention",
     "NeuralMemory",
     "NormAttention",
     "NormAwareAttention2d",

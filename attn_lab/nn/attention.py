@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_kernels.attention import Pointwise, attention_weights
+from attn_kernels.attention import Mask, Pointwise, attention_weights
 from attn_lab import ops
 from attn_lab.nn.layers import Build, Mixer, append, cache_mask, divide, dropout, split_heads
+from attn_lab.ops.predicates import Multiple
 
 identity = Pointwise(lambda scores: scores)
 
@@ -165,7 +166,7 @@ class MultiHeadAttention(Mixer):
         if cache is not None:
             k, v, mask, kept = self._continue(cache, k, v)
             return q, k, v, mask, {"index": past + count, **kept, **state}
-        mask = ops.sliding_window_mask(*self._reach()) if self.causal or self.window else None
+        mask = self._pattern(count)
         if segment_ids is not None:
             segments = ops.segment_mask(segment_ids)
             mask = segments if mask is None else mask & segments
@@ -178,13 +179,21 @@ class MultiHeadAttention(Mixer):
         if not self.tied:
             kept["value"] = append(cache["value"], v, past)
         k, v = kept["key"], kept.get("value", kept["key"])
-        return k, v, cache_mask(past, count, k.shape[1], self._reach()[0]), kept
+        return k, v, self._cache_mask(past, count, k.shape[1]), kept
+
+    def _cache_mask(self, past, count, length):
+        """What these tokens see of a cache of that length."""
+        return cache_mask(past, count, length, self._reach()[0])
 
     def _heads(self, x, segment_ids, cache):
         """Queries, keys and values before positions, and what else the cache keeps."""
         q = split_heads(self.query(x), self.query_heads)
         k = split_heads(self.key(x), self.key_heads)
         return q, k, split_heads(self.value(x), self.value_heads), {}
+
+    def _pattern(self, length):
+        """The mask of tokens in a row, None if all see each other."""
+        return ops.sliding_window_mask(*self._reach()) if self.causal or self.window else None
 
     def _reach(self):
         """How far back and ahead a token sees; negative is without bound."""
@@ -206,6 +215,46 @@ class MultiHeadAttention(Mixer):
     def _project(self, heads, x):
         """`[B, T, H, Dv]` to `[B, T, width]`."""
         return self.out(heads.reshape(*heads.shape[:2], -1))
+
+
+class NeighborhoodAttention(MultiHeadAttention):
+    """Multi-head attention of every token to the `window` nearest of its residue mod `dilation`.
+
+    Causal ones are a token and those before it; others surround it, and at the ends of a sequence
+    move inwards, so that it must have at least `window * dilation` tokens.
+
+    Args:
+      width, arguments: as `MultiHeadAttention`.
+      window: how many tokens a token sees, its own included, at least 2.
+      dilation: the distance of the tokens that see each other.
+
+    Source: Hassani et al., 2022, arXiv 2204.07143; Hassani and Shi, 2022, arXiv 2209.15001.
+    """
+
+    def __init__(self, width: int, *, window: int = 8, dilation: int = 1, **arguments: Any):
+        super().__init__(width, window=window, **arguments)
+        if window < 2 or dilation < 1:
+            raise ValueError(
+                f"window must be at least 2 and dilation at least 1, got {window} and {dilation}"
+            )
+        self.dilation = dilation
+
+    def state_bytes(self, length: int) -> int:
+        reach = self._reach()[0] + 1
+        return Mixer.state_bytes(self, min(length, reach))
+
+    def _reach(self):
+        back = (self.window - 1) * self.dilation
+        return back, 0 if self.causal else back
+
+    def _pattern(self, length):
+        if not self.causal:
+            return ops.neighborhood_mask(length, self.window, dilation=self.dilation)
+        same = Mask(Multiple(self.dilation))
+        return ops.sliding_window_mask(*self._reach()) & same
+
+    def _cache_mask(self, past, count, length):
+        return cache_mask(past, count, length, self._reach()[0], self.dilation)
 
 
 class SigmoidAttention(MultiHeadAttention):

@@ -200,21 +200,23 @@ def append(buffer: jax.Array, new: jax.Array, past: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer, new, past, 1)
 
 
-def cache_mask(past: jax.Array, count: int, length: int, back: int = -1) -> Mask:
-    """What `count` tokens after `past` ones see of a cache of that length: `back` tokens, or all.
+def cache_mask(past: jax.Array, count: int, length: int, back: int = -1, dilation: int = 1) -> Mask:
+    """What `count` tokens after `past` ones see of a cache of that length.
 
-    The engine aligns the last query with the last slot; these queries stand before.
+    They see themselves and `back` tokens, or all (-1), and of these every `dilation`-th. The engine
+    aligns the last query with the last slot; these queries stand before.
     """
-    return Mask(_shifted_window(back), (operand(past + count - length, ""),))
+    return Mask(_shifted_window(back, dilation), (operand(past + count - length, ""),))
 
 
 @functools.lru_cache
-def _shifted_window(back: int) -> Callable[..., jax.Array]:
+def _shifted_window(back: int, dilation: int) -> Callable[..., jax.Array]:
     """A causal window of the queries that stand `shift` (negative) before the end of the keys."""
 
     def allowed(b, h, q_index, k_index, shift):
         distance = q_index + shift - k_index
-        return (distance >= 0) & ((distance <= back) if back >= 0 else True)
+        near = (distance >= 0) & ((distance <= back) if back >= 0 else True)
+        return near & (distance % dilation == 0) if dilation > 1 else near
 
     return allowed
 

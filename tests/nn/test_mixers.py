@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attn_lab import ops
 from attn_lab.catalogue import find
 from attn_lab.nn import MIXERS, Build, find_mixer, make_mixer
 from experiments.configs.recall import RECURRENT
@@ -21,6 +22,7 @@ GROWING = {
 CASES = [(name, {}) for name, kind in MIXERS.items() if kind.decodes] + [
     ("dot_product_attention", {"window": 3, "rope_theta": 100.0, "num_kv_heads": 2}),
     ("dot_product_attention", {"qk_norm": "rms", "bias": True, "out_bias": True, "value_dim": 6}),
+    ("neighborhood_attention", {"window": 3, "dilation": 2, "rope_theta": 100.0}),
     ("sink_attention", {"kind": "key"}),
     ("sink_attention", {"kind": "key_value"}),
     ("gated_attention", {"position": "G2", "granularity": "headwise"}),
@@ -80,6 +82,15 @@ def make(name, arguments, **build):
     build = {"kernel_init": nnx.initializers.normal(0.5)} | build
     arguments = DEFAULTS.get(name, {}) | arguments
     return make_mixer(name, WIDTH, arguments, Build(nnx.Rngs(0), **build), context=9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_neighborhoods_are_those_of_the_operator(causal):
+    arguments = {"window": 3, "dilation": 2, "causal": causal}
+    mixer, x = make("neighborhood_attention", arguments), tokens()
+    q, k, v, _, _ = mixer._inputs(x, None, None)
+    want = ops.neighborhood_attention(q, k, v, kernel=3, dilation=2, causal=causal)
+    close(mixer(x), mixer._project(want, x))
 
 
 def tokens(length=9, batch=2):

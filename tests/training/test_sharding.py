@@ -137,6 +137,7 @@ EACH = (
 MIXERS = (
     ("dot_product_attention", {}),
     ("dot_product_attention", {"window": 5}),
+    ("neighborhood_attention", {"window": 4, "dilation": 2}),
     ("gated_linear_attention", {}),
     ("gated_delta_rule", {"head_dim": 8}),
 )
