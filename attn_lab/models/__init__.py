@@ -2,6 +2,8 @@
 
 from attn_lab.models.decoder import DecoderLM, count_parameters
 from attn_lab.models.generate import generate
+from attn_lab.models.grassmann import GrassmannLM
+from attn_lab.models.megalodon import Megalodon
 from attn_lab.models.parity import first_logit, parity_logit
 from attn_lab.models.schedule import layer_schedule
 from attn_lab.models.titans import Titans
@@ -13,6 +15,8 @@ __all__ = [
     "CVT",
     "CompactTransformer",
     "DecoderLM",
+    "GrassmannLM",
+    "Megalodon",
     "Titans",
     "TransNormer",
     "TransNormerLLM",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,8 @@ class DecoderLM(nnx.Module):
       remat: whether the backward pass computes each block again instead of keeping its inside.
       scan: whether the blocks, which must then be alike, run as one loop. It is compiled as fast as
         a single block, and a block's backward pass is done before that of the one below begins.
+      block: makes every block, with the interface of `Block`, in place of mixers and MLP: it is
+        called as `block(width, ...)` with the keywords of `Build`.
       init_std: of the normal initialiser of all kernels; those that write to the residual stream
         have `init_std / sqrt(2 L)`.
       dtype: of the computation; None is that of the parameters. Logits are float32.
@@ -104,6 +106,7 @@ class DecoderLM(nnx.Module):
         residual_dropout: float = 0.0,
         remat: bool = False,
         scan: bool = False,
+        block: Callable[..., nnx.Module] | None = None,
         init_std: float = 0.02,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -152,8 +155,8 @@ class DecoderLM(nnx.Module):
             return None
 
         offered = dict(num_layers=num_layers, context=max_len)
-        blocks = []
-        for depth, (name, arguments) in enumerate(zip(mixers, mixer_args)):
+        blocks = [block(width, **vars(build)) for _ in range(num_layers)] if block else []
+        for depth, (name, arguments) in enumerate([] if block else zip(mixers, mixer_args)):
             mixer = make_mixer(name, width, arguments, build, depth=depth, **offered)
             norms = make_norm(), make_norm() if mlp else None
             blocks.append(Block(mixer, make_mlp(), *norms, residual_dropout))

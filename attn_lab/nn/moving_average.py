@@ -299,11 +299,9 @@ class MegalodonLayer(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32):
         return self.attention.init_cache(batch, length, dtype)
 
-    def __call__(self, x, *, cache=None):
-        if cache is None:
-            mixed, new = self.attention(x), None
-        else:
-            mixed, new = self.attention(x, cache=cache)
+    def __call__(self, x, *, segment_ids=None, cache=None):
+        mixed = self.attention(x, segment_ids=segment_ids, cache=cache)
+        mixed, new = (mixed, None) if cache is None else mixed
         y = self.norm(x + mixed)
         out = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
         return out if cache is None else (out, new)
