@@ -1,6 +1,8 @@
 """Patterns on grids of tokens: conditions on every axis, and unions of such products.
 
-Tokens are numbered row-major, the last axis fastest; T = S is the number of tokens.
+Tokens are numbered row-major, the last axis fastest; T = S is the number of tokens. Kernels work on
+blocks of consecutive tokens: a neighbourhood touches fewer of them if tokens are numbered tile by
+tile.
 """
 
 import functools
@@ -8,6 +10,7 @@ import math
 import operator
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from attn_kernels.attention import Mask
@@ -17,36 +20,77 @@ from attn_lab.ops.predicates import Below, Blocks, Multiple, Neighborhood, Produ
 __all__ = [
     "axial_mask",
     "block_local_mask",
+    "from_tiles",
     "halo_mask",
     "inward_window_mask",
     "neighborhood_mask",
     "product_mask",
     "radial_mask",
     "shifted_window_mask",
+    "to_tiles",
 ]
 
 Axes = int | Sequence[int]
 
 
-def product_mask(*masks: Mask, shape: Axes) -> Mask:
+def to_tiles(x: jax.Array, shape: Axes, tile: Axes) -> jax.Array:
+    """Tokens of a grid tile by tile, within a tile and between tiles row-major.
+
+    Args:
+      x: `[B, prod(shape), ...]`, numbered row-major.
+      shape: the lengths of the axes.
+      tile: the extents of a tile, which divide them, one value or one for each axis.
+
+    Returns:
+      `[B, prod(shape), ...]`: blocks of `prod(tile)` consecutive tokens are tiles.
+
+    Raises:
+      ValueError: if a tile does not divide its axis, or `x` has another number of tokens.
+    """
+    shape = _shape(shape)
+    tile, n = _tile(tile, shape), len(shape)
+    split = [size for pair in zip((a // b for a, b in zip(shape, tile)), tile) for size in pair]
+    return _reordered(x, split, [*range(0, 2 * n, 2), *range(1, 2 * n, 2)])
+
+
+def from_tiles(x: jax.Array, shape: Axes, tile: Axes) -> jax.Array:
+    """Undoes `to_tiles`, of which it takes the arguments and raises the errors."""
+    shape = _shape(shape)
+    tile, n = _tile(tile, shape), len(shape)
+    split = [*(a // b for a, b in zip(shape, tile)), *tile]
+    return _reordered(x, split, [axis for pair in zip(range(n), range(n, 2 * n)) for axis in pair])
+
+
+def _reordered(x, split, order):
+    if x.ndim < 2 or x.shape[1] != math.prod(split):
+        raise ValueError(f"x must be [B, {math.prod(split)}, ...], got shape {x.shape}")
+    parts = x.reshape(x.shape[0], *split, *x.shape[2:])
+    rest = range(1 + len(split), parts.ndim)
+    return parts.transpose(0, *(1 + axis for axis in order), *rest).reshape(x.shape)
+
+
+def product_mask(*masks: Mask, shape: Axes, tile: Axes | None = None) -> Mask:
     """An n-dimensional pattern from one along each axis: `allowed(i, j) = AND_x m_x(i_x, j_x)`.
 
     Args:
       masks: one `Mask` for each axis, over the coordinates of that axis.
       shape: the lengths of the axes.
+      tile: the extents of a tile if tokens are in the order of `to_tiles`.
 
     Returns:
-      A Mask over the `prod(shape)` tokens, numbered row-major.
+      A Mask over the `prod(shape)` tokens, numbered row-major or tile by tile.
 
     Raises:
-      ValueError: if there is not one mask for each axis, or an operand does not fit its axis.
+      ValueError: if there is not one mask for each axis, an operand does not fit its axis, or a
+        tile does not divide its axis.
     """
     shape = _shape(shape)
+    tile = () if tile is None else _tile(tile, shape)
     if len(masks) != len(shape):
         raise ValueError(f"masks must be one for each axis of {shape}, got {len(masks)}")
     splits = tuple(len(m.operands) for m in masks)
-    product = Product(tuple(m.predicate for m in masks), splits, shape)
-    operands, axes = [], coordinates(jnp.arange(math.prod(shape)), shape)
+    product = Product(tuple(m.predicate for m in masks), splits, shape, tile)
+    operands, axes = [], coordinates(jnp.arange(math.prod(shape)), shape, tile)
     for mask, length, coordinate in zip(masks, shape, axes):
         for x in mask.operands:
             for axis in (2, 3):
@@ -63,6 +107,7 @@ def neighborhood_mask(
     stride: Axes = 1,
     dilation: Axes = 1,
     causal: bool | Sequence[bool] = False,
+    tile: Axes | None = None,
 ) -> Mask:
     """The nearest tokens along every axis; at borders windows move inwards and keep their size.
 
@@ -78,9 +123,11 @@ def neighborhood_mask(
       dilation: the distance of the tokens that see each other.
       causal: whether an axis is causal.
         All four are one value, or one for each axis.
+      tile: as in `product_mask`.
 
     Raises:
-      ValueError: if a setting is out of its range or not one for each axis.
+      ValueError: if a setting is out of its range or not one for each axis, or a tile does not
+        divide its axis.
 
     Source: Hassani et al., NATTEN, 2022, arXiv 2204.07143; dilation 2209.15001; stride 2504.16922.
     """
@@ -96,7 +143,7 @@ def neighborhood_mask(
         if not 1 <= s <= w:
             raise ValueError(f"stride must be from 1 to the kernel {w}, got {s}")
     axes = [Mask(Neighborhood(*axis)) for axis in zip(shape, *rows)]
-    return product_mask(*axes, shape=shape)
+    return product_mask(*axes, shape=shape, tile=tile)
 
 
 def inward_window_mask(shape: Axes, radius: Axes) -> Mask:
@@ -245,6 +292,13 @@ def _shape(shape: Axes) -> tuple[int, ...]:
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must be the lengths of the axes, at least 1 each, got {shape}")
     return shape
+
+
+def _tile(tile: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    tile = _each("tile", tile, shape, least=1)
+    if any(n % size for n, size in zip(shape, tile)):
+        raise ValueError(f"tile must divide the axes {shape}, got {tile}")
+    return tile
 
 
 def _each(name: str, value, shape: tuple[int, ...], least: int | None = None) -> tuple[int, ...]:

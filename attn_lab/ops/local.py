@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from attn_kernels import attention as engine
 from attn_kernels.attention import Mask, Score, ScoreMod, operand
 from attn_lab.ops.attention import join_keys
-from attn_lab.ops.grids import Axes, neighborhood_mask
+from attn_lab.ops.grids import Axes, from_tiles, neighborhood_mask, to_tiles
 from attn_lab.ops.masks import causal_mask
 from attn_lab.ops.predicates import coordinates
 
@@ -35,6 +35,7 @@ def neighborhood_attention(
     bias_table: jax.Array | None = None,
     extra_k: jax.Array | None = None,
     extra_v: jax.Array | None = None,
+    tile: Axes | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention to the nearest tokens along every axis, as many at borders as elsewhere.
@@ -52,14 +53,16 @@ def neighborhood_attention(
       bias_table: `[H, 2 w_1 - 1, ...]`, for stride 1.
       extra_k: `[B, E, K, D]`, keys that every query sees, in the same softmax.
       extra_v: `[B, E, K, Dv]`, their values.
+      tile: extents that divide the axes, in which tokens are laid together inside (`to_tiles`) so
+        that kernels skip most blocks; the result is the same. One value, or one for each axis.
       implementation: as in `dot_product_attention`.
 
     Returns:
       `[B, *shape, H, Dv]` in the dtype of v.
 
     Raises:
-      ValueError: if shapes do not fit, a setting is out of its range, the table comes with a
-        stride, or only one of `extra_k` and `extra_v` is given.
+      ValueError: if shapes do not fit, a setting is out of its range, a tile does not divide
+        its axis, the table comes with a stride, or only one of `extra_k` and `extra_v` is given.
 
     Source: Hassani et al., NATTEN, 2022, arXiv 2204.07143; dilation 2209.15001; stride 2504.16922.
     """
@@ -68,20 +71,25 @@ def neighborhood_attention(
         raise ValueError(f"q, k, v must be [B, *shape, H, D], got {q.shape}, {k.shape}, {v.shape}")
     if (extra_k is None) != (extra_v is None):
         raise ValueError("extra_k and extra_v must be given together, got one of them")
-    flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
-    mask = neighborhood_mask(shape, kernel, stride, dilation, causal)
+    flat = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v)]
+    if tile is not None:
+        tile = (tile,) * len(shape) if isinstance(tile, int) else tuple(tile)
+        flat = [to_tiles(x, shape, tile) for x in flat]
+    mask = neighborhood_mask(shape, kernel, stride, dilation, causal, tile)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     part = dict(mask=mask, implementation=implementation)
     if bias_table is None:
         part |= dict(scale=scale)
     else:
-        relative = _relative(shape, kernel, stride, dilation, bias_table, q.shape[-2])
+        relative = _relative(shape, kernel, stride, dilation, bias_table, q.shape[-2], tile or ())
         part |= dict(score=Score(relative, (jnp.asarray(scale), bias_table)))
     queries, keys, values = flat
     out, logs = engine.attention(queries, keys, values, return_stats=True, **part)
     if extra_k is not None:
         part = dict(scale=scale, implementation=implementation, return_stats=True)
         out = join_keys(out, logs, *engine.attention(queries, extra_k, extra_v, **part))
+    if tile is not None:
+        out = from_tiles(out, shape, tile)
     return out.reshape(*q.shape[:-1], v.shape[-1])
 
 
@@ -92,10 +100,11 @@ class _Relative:
     shape: tuple[int, ...]
     kernel: tuple[int, ...]
     dilation: tuple[int, ...]
+    tile: tuple[int, ...]
 
     def __call__(self, q, k, q_index, k_index, scale, table):
         entry = 0
-        ends = coordinates(q_index, self.shape), coordinates(k_index, self.shape)
+        ends = (coordinates(x, self.shape, self.tile) for x in (q_index, k_index))
         for a, b, w, d in zip(*ends, self.kernel, self.dilation):
             # Pairs that are out of reach are masked: any entry will do.
             apart = jnp.clip(b // d - a[:, None] // d, 1 - w, w - 1)
@@ -104,7 +113,7 @@ class _Relative:
         return jnp.einsum("bhtd,bhsd->bhts", q, k) * scale + bias
 
 
-def _relative(shape, kernel, stride, dilation, table, heads):
+def _relative(shape, kernel, stride, dilation, table, heads, tile):
     kernel, stride, dilation = (
         (x,) * len(shape) if isinstance(x, int) else tuple(x) for x in (kernel, stride, dilation)
     )
@@ -113,7 +122,7 @@ def _relative(shape, kernel, stride, dilation, table, heads):
     wanted = heads, *(2 * w - 1 for w in kernel)
     if table.shape != wanted:
         raise ValueError(f"bias_table must be {wanted}, got {table.shape}")
-    return _Relative(shape, kernel, dilation)
+    return _Relative(shape, kernel, dilation, tile)
 
 
 def gaussian_local_attention(

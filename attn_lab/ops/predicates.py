@@ -211,26 +211,40 @@ class Rolled:
         return xp.where(whole, low, 0), xp.where(whole, high, self.length - 1)
 
 
-def coordinates(index, shape):
-    """The coordinates of flat positions, the last fastest; the first is not bounded by `shape`."""
+def coordinates(index, shape, tile=()):
+    """The coordinates of flat positions, the last fastest; the first is not bounded by `shape`.
+
+    With a `tile`, of an extent along every axis that divides it, tokens are numbered tile by tile.
+    """
+    if tile:
+        return _of_tiles(coordinates(index, _split(shape, tile)), tile)
     steps = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
     return [index // steps[0], *(index // step % n for step, n in zip(steps[1:], shape[1:]))]
 
 
+def _split(shape, tile):
+    """How many tiles there are along every axis, and their extents."""
+    return *(n // size for n, size in zip(shape, tile)), *tile
+
+
+def _of_tiles(split, tile):
+    """Coordinates from those of the tile and those within it."""
+    return [n * size + x for n, x, size in zip(split, split[len(tile) :], tile)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One predicate for each axis of `shape`, all of which must hold; the last axis is fastest."""
+    """One predicate for each axis of `shape`, all of which hold; tokens are as in `coordinates`."""
 
     predicates: tuple[Callable, ...]
     splits: tuple[int, ...]
     shape: tuple[int, ...]
+    tile_shape: tuple[int, ...] = ()
 
     def __call__(self, b, h, q_index, k_index, *operands):
         allowed, at = True, 0
-        axes = zip(
-            self.predicates, self.splits, *(coordinates(x, self.shape) for x in (q_index, k_index))
-        )
-        for predicate, count, i, j in axes:
+        ends = (coordinates(x, self.shape, self.tile_shape) for x in (q_index, k_index))
+        for predicate, count, i, j in zip(self.predicates, self.splits, *ends):
             allowed = allowed & predicate(b, h, i, j, *operands[at : at + count])
             at += count
         return allowed
@@ -245,14 +259,17 @@ class Product:
 
     def _box(self, first, last):
         """Ranges of coordinates that hold those of a flat range."""
-        xp, box, inner = library(first, last), [], math.prod(self.shape)
-        for n, (low, high) in enumerate(zip(*(coordinates(x, self.shape) for x in (first, last)))):
+        shape = _split(self.shape, self.tile_shape) if self.tile_shape else self.shape
+        xp, box, inner = library(first, last), [], math.prod(shape)
+        for n, (low, high) in enumerate(zip(*(coordinates(x, shape) for x in (first, last)))):
             if n:
                 whole = first // inner == last // inner
-                low, high = xp.where(whole, low, 0), xp.where(whole, high, self.shape[n] - 1)
-            inner //= self.shape[n]
+                low, high = xp.where(whole, low, 0), xp.where(whole, high, shape[n] - 1)
+            inner //= shape[n]
             box.append((low, high))
-        return box
+        if not self.tile_shape:
+            return box
+        return list(zip(*(_of_tiles(ends, self.tile_shape) for ends in zip(*box))))
 
 
 @dataclasses.dataclass(frozen=True)

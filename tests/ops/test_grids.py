@@ -12,6 +12,7 @@ from attn_lab.ops import (
     axial_mask,
     block_local_mask,
     causal_mask,
+    from_tiles,
     halo_mask,
     inward_window_mask,
     neighborhood_mask,
@@ -20,10 +21,12 @@ from attn_lab.ops import (
     segment_mask,
     shifted_window_mask,
     sliding_window_mask,
+    to_tiles,
 )
 
 PATTERNS = {
     "neighborhood": (neighborhood_mask((5, 9), (3, 4), (2, 1), (1, 2), (False, True)), 45),
+    "tiled": (neighborhood_mask((4, 9), (3, 4), (2, 1), (1, 2), (False, True), tile=(2, 3)), 36),
     "halo": (halo_mask((5, 6), 2, (1, 2)), 30),
     "shifted": (shifted_window_mask((4, 9), (2, 3), (0, 2)), 36),
     "axial": (axial_mask((3, 4, 2), causal=True), 24),
@@ -70,6 +73,54 @@ def test_axes_may_bring_operands():
     for row, each in zip(ids, dense[:, 0]):
         assert (each == jnp.kron(jnp.tril(jnp.ones((2, 2))), row[:, None] == row)).all()
     tiles.check(mask, 6, 6, 3, 3)
+
+
+@pytest.mark.parametrize("shape, tile", [((4, 9), (2, 3)), ((6, 2, 4), (3, 1, 2)), (12, 4)])
+def test_tiles_are_consecutive_and_their_pattern_the_same(shape, tile):
+    n = math.prod(shape) if isinstance(shape, tuple) else shape
+    index = jnp.arange(n)[None]
+    order = to_tiles(index, shape, tile)[0]
+    x = jnp.stack([index, -index], -1)
+    assert (to_tiles(x, shape, tile)[0, :, 1] == -order).all()
+    assert (from_tiles(to_tiles(x, shape, tile), shape, tile) == x).all()
+    size = math.prod(tile) if isinstance(tile, tuple) else tile
+    places = np.stack(np.unravel_index(order, shape), -1).reshape(n // size, size, -1)
+    assert (np.ptp(places, 1) + 1 == tile).all()
+    rows = dict(kernel=2, stride=2)
+    plain = neighborhood_mask(shape, **rows).dense(n, n)
+    assert (neighborhood_mask(shape, **rows, tile=tile).dense(n, n) == plain[order][:, order]).all()
+
+
+def test_operands_follow_their_tokens_into_tiles():
+    ids = jnp.array([[0, 0, 1, 1], [0, 1, 1, 0]])
+    masks = causal_mask(), segment_mask(ids)
+    order = to_tiles(jnp.arange(8)[None], (2, 4), (1, 2))[0]
+    plain = product_mask(*masks, shape=(2, 4)).dense(8, 8)
+    tiled = product_mask(*masks, shape=(2, 4), tile=(1, 2))
+    assert (tiled.dense(8, 8) == plain[..., order, :][..., order]).all()
+    tiles.check(tiled, 8, 8, 2, 3)
+
+
+def test_a_neighborhood_touches_few_blocks_of_tiles():
+    """64 x 64 tokens in 32 blocks: what the axes touch, multiplied."""
+    n, block, axis = 64**2, 128, neighborhood_mask(64, 16)
+    touched = [np.count_nonzero(axis.block_map(64, 64, size, size)) for size in (8, 16)]
+    tiled = neighborhood_mask((64, 64), (16, 16), tile=(8, 16)).block_map(n, n, block, block)
+    assert np.count_nonzero(tiled) == math.prod(touched) == 220
+    rows = neighborhood_mask((64, 64), (16, 16)).block_map(n, n, block, block)
+    assert np.count_nonzero(rows) == 280
+
+
+@pytest.mark.parametrize("tile", [3, (2, 3, 1), (2, 0)])
+def test_tiles_that_do_not_fit(tile):
+    for call in (
+        lambda: to_tiles(jnp.zeros((1, 32)), (4, 8), tile),
+        lambda: neighborhood_mask((4, 8), 2, tile=tile),
+    ):
+        with pytest.raises(ValueError, match="tile must"):
+            call()
+    with pytest.raises(ValueError, match=r"x must be \[B, 32, ...\], got shape \(1, 31\)"):
+        from_tiles(jnp.zeros((1, 31)), (4, 8), 2)
 
 
 def test_counts():

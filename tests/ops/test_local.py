@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,29 @@ def test_a_table_adds_the_bias_of_the_distance(implementation):
     settings = dict(kernel=kernel, dilation=dilation, implementation=implementation)
     got = neighborhood_attention(q, k, v, bias_table=table, **settings)
     close(got.reshape(want.shape), want)
+
+
+@pytest.mark.parametrize("more", ["extra", "table"])
+def test_tiles_change_nothing_but_the_order(more):
+    shape, kernel = (4, 6, 2), (3, 4, 2)
+    q, k, v, ek, ev, table = arrays(
+        *[(2, *shape, 4, 6), (2, *shape, 2, 6), (2, *shape, 2, 5)],
+        *[(2, 3, 2, 6), (2, 3, 2, 5), (4, 5, 7, 3)],
+    )
+    settings = dict(bias_table=table)
+    if more == "extra":
+        settings = dict(extra_k=ek, extra_v=ev, stride=(2, 1, 1), causal=(False, True, False))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def both(k, tile):
+        def call(k):
+            return neighborhood_attention(q, k, v, kernel=kernel, tile=tile, **settings)
+
+        out, pull = jax.vjp(call, k)
+        return out, *pull(out)
+
+    for got, want in zip(both(k, (2, 3, 1)), both(k, None)):
+        close(got, want)
 
 
 def test_a_table_needs_no_square_array():
