@@ -108,3 +108,29 @@ def check(implementation, case, arrays, rounding):
         a, b, c = (np.where(np.isfinite(c), x, 0) for x in (a, b, c))
         bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
         assert np.abs(a - c).max() <= bound, n
+
+
+def check_mechanism(implementation, row, sizes, dtype, rounding, jit=jax.jit):
+    """The same of a row of the catalogue, its output and the gradients of its arrays."""
+
+    def cast(arrays, dtype):
+        floats = {n: jnp.issubdtype(x.dtype, jnp.floating) for n, x in arrays.items()}
+        return {n: x.astype(dtype) if floats[n] else x for n, x in arrays.items()}
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            out = row.call(arrays, causal=row.causal[-1], implementation=implementation)
+            wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+            return (wide * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+        slopes, out = jit(jax.grad(loss, has_aux=True))(arrays)
+        return {"out": out, **slopes}
+
+    arrays = cast(row.example(row.fit(sizes), jax.random.key(0)), dtype)
+    got, base = (run(arrays, name) for name in (implementation, "definition"))
+    with jax.enable_x64(True):
+        exact = run(cast(arrays, jnp.float64), "definition")
+    for name, c in exact.items():
+        a, b, c = (np.asarray(x, np.float64) for x in (got[name], base[name], c))
+        bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound, name

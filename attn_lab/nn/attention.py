@@ -36,6 +36,7 @@ class MultiHeadAttention(Mixer):
       bias, out_bias: of the projections.
       dropout: rate on the weights; needs softmax attention.
       attention: the operator, `dot_product_attention` or one with its signature.
+      implementation: of the operator; None chooses.
       build: keywords of `Build`.
 
     Raises:
@@ -64,6 +65,7 @@ class MultiHeadAttention(Mixer):
         out_bias: bool = False,
         dropout: float = 0.0,
         attention: Callable[..., jax.Array] = ops.dot_product_attention,
+        implementation: str | None = None,
         **build: Any,
     ):
         build = Build(**build)
@@ -74,7 +76,7 @@ class MultiHeadAttention(Mixer):
         self.value_dim = self.head_dim if value_dim is None else value_dim
         self.rope_theta, self.rotary_dim = rope_theta, rotary_dim
         self.causal, self.window, self.dropout = causal, window, dropout
-        self.attention = attention
+        self.attention, self.implementation = attention, implementation
         if dropout and not (self.drops and attention is ops.dot_product_attention):
             raise ValueError(f"dropout={dropout} on the weights needs plain softmax attention")
         if window is not None and window < 1:
@@ -202,7 +204,8 @@ class MultiHeadAttention(Mixer):
 
     def _attend(self, q, k, v, mask, rngs):
         if rngs is None or not self.dropout:
-            return self.attention(q, k, v, mask=mask)
+            chosen = {"implementation": self.implementation} if self.implementation else {}
+            return self.attention(q, k, v, mask=mask, **chosen)
         _, weights = ops.dot_product_attention(q, k, v, mask=mask, return_weights=True)
         weights = dropout(weights, self.dropout, rngs).astype(v.dtype)
         v = jnp.repeat(v, weights.shape[1] // v.shape[2], axis=2)

@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import pytest
 from calls import CASES, HEADS, cases, inputs
 
-from attn_kernels.attention import ScoreMod, attention
+from attn_kernels import gpu
+from attn_kernels.attention import ScoreMod, attention, clipped_softmax
+from attn_kernels.attention.blocks import Blocks, table, using
+from attn_kernels.attention.definition import attend
+from attn_lab.catalogue import CATALOGUE, Sizes
 
 NEW = jax.version.__version_info__ >= (0, 11, 1)
 needs_new_jax = pytest.mark.skipif(
     not NEW, reason=f"the kernel needs JAX 0.11.1, and so Python 3.12; this is {jax.__version__}"
 )
+TUNED = table()
 check = functools.partial(calls.check, "mosaic_gpu")
 
 
@@ -32,6 +37,72 @@ def test_error_budget(name):
 @pytest.mark.parametrize("lengths", [(1, 1), (131, 7)], ids=str)
 def test_error_budget_of_few_positions(lengths):
     check(cases(*lengths)["rows_and_columns"], inputs(*lengths, jnp.bfloat16), 2**-7)
+
+
+@needs_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [Blocks(64, 64, 3, 3), Blocks(64, 128, 1, 2)], ids=str)
+def test_blocks_change_nothing(blocks):
+    with using(outputs=blocks, row_slopes=blocks, column_slopes=blocks):
+        check(cases(200, 261)["capped_slopes"], inputs(200, 261, jnp.bfloat16, 64, 64), 2**-7)
+
+
+@needs_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256)], ids=str)
+def test_wide_heads(dims):
+    check(cases(70, 130)["rows_and_columns"], inputs(70, 130, jnp.float16, *dims), 2**-7)
+
+
+NOT_SERVED = {
+    "topk_attention": "_Largest",
+    "straight_through_hard_attention": "best_key",
+    "compositional_attention": "inner products",
+    "mlp_score_attention": "inner products",
+    "neighborhood_attention_relative_bias": "inner products",
+    "local_linear_attention": "forward mode",
+    "rectified_linear_attention": "float32",
+    "relational_attention": "float32",
+    "linear_log_normal_diag_attention": "float32",
+    "complex_attention": "float32",
+    "linformer_attention": "float32",
+}
+
+
+@needs_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    [row for row in CATALOGUE if {"implementation": "xla"} in map(dict, row.variants)],
+    ids=lambda row: row.name,
+)
+def test_mechanisms_of_the_catalogue(row):
+    """Output and gradients of every one within the budget, or a reason."""
+    check = functools.partial(
+        calls.check_mechanism, "mosaic_gpu", row, Sizes(B=1, T=70, S=131), jnp.bfloat16, 2**-7
+    )
+    if row.name not in NOT_SERVED:
+        return check(jit=lambda function: function)
+    with pytest.raises(NotImplementedError, match=NOT_SERVED[row.name]):
+        check()
+
+
+@needs_new_jax
+def test_none_takes_the_kernel_for_what_it_serves(monkeypatch):
+    from attn_kernels.attention import mosaic_gpu
+
+    served = []
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(mosaic_gpu, "attend", lambda tile: served.append(tile) or attend(tile))
+    for dtype in jnp.bfloat16, jnp.float32:
+        attention(*inputs(3, 5, dtype))
+    assert [tile.q.dtype for tile in served] == [jnp.bfloat16]
+
+
+def test_none_takes_no_kernel_without_a_hopper_gpu(monkeypatch):
+    assert not gpu.available()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not gpu.available()
 
 
 def lgamma(score, b, h, q, k):
@@ -55,22 +126,13 @@ def test_refusals(change, match):
         call(*arrays, implementation="mosaic_gpu")
 
 
-@needs_new_jax
-@pytest.mark.parametrize(
-    "name, dim",
-    [
-        ("capped_slopes", 128),
-        *(pytest.param(name, 128, marks=pytest.mark.slow) for name in CASES),
-        *(pytest.param("causal", dim, marks=pytest.mark.slow) for dim in (64, 192, 256)),
-    ],
-)
-def test_compiles_for_an_h100(monkeypatch, name, dim):
+def compile_gradient(monkeypatch, case, shapes):
+    """For an H100, of q, k, v and all operands."""
     for plugin in "jax_cuda13_plugin", "jax_plugins.xla_cuda13":
         if importlib.util.find_spec(plugin.split(".")[0]) is None:
             pytest.skip(f"the wheel of {plugin} is not installed")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     sharding = jax.sharding.SingleDeviceSharding(h100.device())
-    case = cases(1024, 1024)[name]
     leaves, treedef = jax.tree.flatten(case)
     floats = [n for n, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
 
@@ -82,8 +144,63 @@ def test_compiles_for_an_h100(monkeypatch, name, dim):
     def described(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    x = jax.ShapeDtypeStruct((1, 1024, HEADS, dim), jnp.bfloat16, sharding=sharding)
     moving = {n: described(leaves[n]) for n in floats}
     fixed = {n: described(x) for n, x in enumerate(leaves) if n not in floats}
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
     gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
-    gradient.trace(x, x, x, moving, fixed).lower(lowering_platforms=("cuda",)).compile()
+    gradient.trace(*arrays, moving, fixed).lower(lowering_platforms=("cuda",)).compile()
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    "name, dims",
+    [
+        ("capped_slopes", (128, 128)),
+        *(pytest.param(name, (128, 128), marks=pytest.mark.slow) for name in CASES),
+        pytest.param("clipped", (64, 64), marks=pytest.mark.slow),
+        *(
+            pytest.param("causal", dims, marks=pytest.mark.slow)
+            for dims in ((64, 64), (192, 128), (256, 256), (48, 200))
+        ),
+    ],
+)
+def test_compiles_for_an_h100(monkeypatch, name, dims):
+    q_len, k_len = (1021, 1021) if name == "segments" else (1021, 1347)
+    dim, width = dims
+    shapes = (1, q_len, HEADS, dim), (1, k_len, HEADS, dim), (1, k_len, HEADS, width)
+    clipped = {"clipped": {"mask": calls.causal, "normalizer": clipped_softmax(-0.1, 1.1)}}
+    compile_gradient(monkeypatch, (cases(q_len, k_len) | clipped)[name], shapes)
+
+
+@needs_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize("row", TUNED, ids=lambda row: " ".join(map(str, row.values())))
+def test_blocks_of_the_table_compile_for_an_h100(monkeypatch, row):
+    kind = {"plain": "causal", "modified": "capped_slopes", "weights": "sigmoid"}[row["kind"]]
+    with using(**{row["kernel"]: Blocks(*row["blocks"])}):
+        compile_gradient(monkeypatch, cases(512, 512)[kind], [(1, 512, HEADS, row["dim"])] * 3)
+
+
+@needs_new_jax
+def test_all_primitives_compile_for_an_h100(monkeypatch):
+    """What the kernel is said to have, and what others are rewritten in."""
+
+    def everything(s, b, h, q, k):
+        positive = 1 + jnp.abs(s)
+        found = [
+            jnp.clip(s, -1, 1) + jnp.clip(q - k, -3, 3),
+            jnp.cos(s) / (1 + q) - jnp.sin(s) * jnp.sign(q - k),
+            jnp.exp(-positive) + jnp.exp2(-positive) + jnp.log(positive),
+            jnp.maximum(s, q) * jnp.minimum(s, k) * jnp.round(s) * jax.lax.round(s),
+            jax.lax.rsqrt(positive) * jnp.sqrt(positive) * jnp.tanh(s),
+            jax.lax.erf(s) + jnp.square(s) + positive**1.5 + positive**-2 + jnp.expm1(-positive),
+            jnp.log1p(positive) + jax.nn.sigmoid(s) + jax.nn.softplus(s) + jax.nn.silu(s),
+            jnp.floor(s) + jnp.ceil(s) + jax.lax.rem(s, positive) + jnp.sinh(s / positive),
+            s.astype(jnp.bfloat16).astype(jnp.float32) + s.astype(jnp.int32),
+            jnp.where(((q & 3) == (k | 1)) ^ ((q << 1) > (k >> 1)), s, q // 3 % 5),
+            jnp.where(~(q != k) | ~(~q >= (k ^ h)), s, jax.lax.shift_right_logical(q, 1) <= b),
+        ]
+        return sum(found)
+
+    shape = (1, 128, HEADS, 64)
+    compile_gradient(monkeypatch, {"score_mod": ScoreMod(everything)}, [shape] * 3)

@@ -53,7 +53,6 @@ def test_kernels_run_in_the_interpreter_of_tpus(name, small_blocks):
 STREAMED = {"implementation": "xla"}
 ROWS = [row for row in CATALOGUE if STREAMED in map(dict, row.variants)]
 NOT_SERVED = {
-    "entmax_attention": "forward mode",
     "topk_attention": "_Largest",
     "straight_through_hard_attention": "best_key",
     "compositional_attention": "inner products",
@@ -67,28 +66,13 @@ NOT_SERVED = {
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_mechanisms_of_the_catalogue(row):
     """Output and gradients of every one within twice the error of its definition, or a reason."""
-    arrays = row.example(row.fit(Sizes(B=1, T=37, S=53)), jax.random.key(0))
-
-    def run(arrays, implementation):
-        def loss(arrays):
-            out = row.call(arrays, causal=row.causal[-1], implementation=implementation)
-            weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
-            return (out * weights).sum(), out
-
-        slopes, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
-        return {"out": out, **slopes}
-
-    if row.name in NOT_SERVED:
-        with pytest.raises(NotImplementedError, match=NOT_SERVED[row.name]):
-            run(arrays, "mosaic_tpu")
-        return
-    got, base = (run(arrays, name) for name in ("mosaic_tpu", "definition"))
-    with jax.enable_x64(True):
-        exact = run({n: x.astype(jnp.float64) for n, x in arrays.items()}, "definition")
-    for name, c in exact.items():
-        a, b, c = (np.asarray(x, np.float64) for x in (got[name], base[name], c))
-        bound = 2 * np.abs(b - c).max() + 5e-7 * np.abs(c).max()
-        assert np.abs(a - c).max() <= bound, name
+    check = functools.partial(
+        calls.check_mechanism, "mosaic_tpu", row, Sizes(B=1, T=37, S=53), jnp.float32, 5e-7
+    )
+    if row.name not in NOT_SERVED:
+        return check()
+    with pytest.raises(NotImplementedError, match=NOT_SERVED[row.name]):
+        check()
 
 
 def test_transformations(small_blocks):
@@ -196,7 +180,7 @@ def compiles_for_tpu(monkeypatch):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile as well
 
 
-TPUS = "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
+TPUS = "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
 CONFIGURATIONS = [(name, 128, jnp.bfloat16) for name in CASES]
 CONFIGURATIONS += [("capped_slopes", 64, jnp.bfloat16), ("capped_slopes", 256, jnp.float32)]
 CONFIGURATIONS += [("causal", 512, jnp.bfloat16)]

@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn_kernels.attention.elementwise import COMMON, KEYS, PAIRS, QUERIES, evaluate, obstacle
+from attn_kernels.attention.elementwise import (
+    COMMON,
+    KEYS,
+    PAIRS,
+    QUERIES,
+    REWRITTEN,
+    evaluate,
+    obstacle,
+)
 
 ROW, COLUMN = (1, 1, 1, KEYS), (1, 1, QUERIES, 1)
 
@@ -53,6 +61,23 @@ def test_calls_and_derivatives_are_run_through():
     )
     got = evaluate(slopes, args, (PAIRS, ROW, COLUMN))[0]
     np.testing.assert_allclose(got, slopes(*args), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in REWRITTEN if n != "add_any"])
+def test_what_a_kernel_lacks_is_rewritten(name):
+    written = {
+        "exp_neg_sq": lambda x: jax.jvp(jax.lax.erf, (x,), (1 + 0 * x,))[1],
+        "integer_pow": lambda x: x**3,
+        "not": lambda x: jnp.where(~(x > 0), x, 0),
+        "one_minus_square": lambda x: jax.jvp(jnp.tanh, (x,), (1 + 0 * x,))[1],
+        "pow": lambda x: jnp.abs(x) ** 2.5,
+        "rem of floats": lambda x: jax.lax.rem(x, jnp.float32(0.7)),
+    }
+    function = written.get(name) or getattr(jax.lax, name, None) or getattr(jnp, name)
+    x = tile()[0] * 3
+    want = function(jnp.abs(x) if name == "log1p" else x)
+    got = evaluate(function, [jnp.abs(x) if name == "log1p" else x], [PAIRS], COMMON)[0]
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

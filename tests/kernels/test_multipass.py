@@ -60,11 +60,12 @@ def inputs(q_len=7, k_len=11, heads=4, kv_heads=2):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-def stream(q, k, v, *, block=(3, 4), normalizer, mask=None, score_mod=None, score=None):
+def stream(
+    q, k, v, *, block=(3, 4), normalizer, mask=None, score_mod=None, score=None, forward_mode=True
+):
     tile = api.tile_of(q, k, v, mask, score_mod, normalizer, None, score)
-    out, _ = passes.settle(
-        tile, functools.partial(streaming.attend, block_q=block[0], block_k=block[1])
-    )
+    attend = functools.partial(streaming.attend, block_q=block[0], block_k=block[1])
+    out, _ = passes.settle(tile, attend, forward_mode=forward_mode)
     return jnp.swapaxes(out, 1, 2)
 
 
@@ -180,6 +181,22 @@ def test_gradient_of_entmax_is_the_published_one(x64):
     dp = jnp.cos(jnp.arange(9.0))[None]
     g = jnp.where(p > 0, jnp.where(p > 0, p, 1) ** (2 - alpha), 0)
     close(pullback(dp)[0], g * dp - g * (g * dp).sum() / g.sum())
+
+
+def test_a_root_without_forward_mode_has_the_same_derivatives(x64):
+    """Those in reverse mode, of any order, and of the operands."""
+    args = *inputs(), jnp.linspace(0.3, 0.9, 4)
+
+    def slopes(**settings):
+        def loss(q, k, v, a):
+            return jnp.sin(stream(q, k, v, normalizer=entmax(1 + a), **settings)).sum()
+
+        def change(*args):
+            return sum((jnp.cos(x) * x).sum() for x in jax.grad(loss, range(4))(*args))
+
+        return jax.jit(lambda *args: (jax.grad(loss, range(4))(*args), jax.grad(change)(*args)))
+
+    close(slopes(forward_mode=False)(*args), slopes()(*args))
 
 
 def test_stopped_columns_change_the_gradient_alone(x64):

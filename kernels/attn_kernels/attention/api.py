@@ -1,17 +1,19 @@
 """The entry to engine 1: one contract, several implementations."""
 
+import dataclasses
 import importlib
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attn_kernels import parallel, tpu
+from attn_kernels import gpu, parallel, tpu
 from attn_kernels.attention import definition, streaming
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, softmax
 from attn_kernels.attention.parallel import across_devices
-from attn_kernels.attention.passes import MultiPass, Rows, settle
+from attn_kernels.attention.passes import Rows, settle
 from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
 from attn_kernels.attention.tile import Tile
@@ -53,8 +55,8 @@ def attention(
         tiles, O(T + S) memory, differentiable any number of times in both modes), "mosaic_tpu" (a
         kernel for float32 and bfloat16) and "mosaic_gpu" (one for bfloat16 and float16 on Hopper),
         which are differentiable once in reverse mode and interpreted on a CPU, or None: on a TPU
-        its kernel for what it serves, "xla" otherwise and elsewhere. With several devices None
-        takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
+        or a Hopper GPU its kernel for what it serves, "xla" otherwise and elsewhere. With several
+        devices None takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of `v`; with `return_stats` also `[B, T, H]` in float32 or
@@ -66,42 +68,13 @@ def attention(
       NotImplementedError: if a kernel that was named cannot serve the call.
     """
     tile = tile_of(q, k, v, mask, score_mod, normalizer, scale, score)
-    attend = _attend(implementation, normalizer)
-    return outputs(tile, attend, v.dtype, return_stats)
+    attend, forward_mode = _attend(implementation, tile)
+    return outputs(tile, attend, v.dtype, return_stats, forward_mode)
 
 
-def _attend(implementation: str | None, normalizer: Normalizer):
-    """How a tile is attended to, and every pass of a normaliser with several."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
-    if implementation == "definition":
-        return definition.attend
-    stream, name = across_devices(streaming.attend), implementation
-    if name is None and tpu.available():
-        name = "mosaic_tpu"
-    if name not in KERNELS:
-        return stream
-    kernel = importlib.import_module(f"attn_kernels.attention.{name}")
-    serve = across_devices(kernel.attend, kernel=True)
-    found = parallel.current()
-
-    def attend(tile):
-        reason = kernel.refusal(tile)
-        if isinstance(normalizer, MultiPass) and normalizer.implicit:
-            reason = f"{type(normalizer).__name__} needs forward mode, which kernels lack"
-        elif found is not None and found.mode != "all_to_all":
-            reason = f"a sequence is shared by {found.mode!r}; kernels work in 'all_to_all'"
-        if reason and implementation:
-            raise NotImplementedError(f"implementation {implementation!r}: {reason}")
-        return stream(tile) if reason else serve(tile)
-
-    return attend
-
-
-def outputs(tile: Tile, attend, dtype, return_stats: bool):
-    """What `attention` returns, by an implementation."""
-    out, stats = settle(tile, attend)
+def outputs(tile: Tile, attend, dtype, return_stats: bool, forward_mode: bool = True):
+    """What `attention` returns, by an implementation; whether that has forward mode."""
+    out, stats = settle(tile, attend, forward_mode=forward_mode)
     out = jnp.swapaxes(out, 1, 2).astype(dtype)
     if not return_stats:
         return out
@@ -111,6 +84,40 @@ def outputs(tile: Tile, attend, dtype, return_stats: bool):
             f"return_stats: {tile.normalizer} has no statistics; drop it or use softmax"
         )
     return out, jnp.swapaxes(report, 1, 2)[..., 0]
+
+
+def _attend(implementation: str | None, tile: Tile):
+    """How a tile is attended to in every pass of its normaliser, and whether with forward mode."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
+    if implementation == "definition":
+        return definition.attend, True
+    stream, name = across_devices(streaming.attend), implementation
+    if name is None:
+        found = {"mosaic_gpu": gpu.available, "mosaic_tpu": tpu.available}
+        name = next((kernel for kernel, available in found.items() if available()), None)
+    if name not in KERNELS:
+        return stream, True
+    kernel = importlib.import_module(f"attn_kernels.attention.{name}")
+    serve = across_devices(kernel.attend, kernel=True)
+    shared = parallel.current()
+
+    def refusal(tile):
+        if shared is not None and shared.mode != "all_to_all":
+            return f"a sequence is shared by {shared.mode!r}; kernels work in 'all_to_all'"
+        return kernel.refusal(tile)
+
+    if implementation is None and refusal(dataclasses.replace(tile, normalizer=softmax)):
+        return stream, True
+
+    def attend(tile):
+        reason = refusal(tile)
+        if reason and implementation:
+            raise NotImplementedError(f"implementation {implementation!r}: {reason}")
+        return stream(tile) if reason else serve(tile)
+
+    return attend, False
 
 
 def attention_weights(
@@ -215,7 +222,9 @@ def tile_of(q, k, v, mask, score_mod, normalizer, scale, score=None) -> Tile:
     wide = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
     if scale is None:
         scale = 1 / math.sqrt(dim) if score is None else 1
-    scale = jnp.asarray(scale, wide)
+    if not isinstance(scale, jax.Array):
+        scale = np.asarray(scale)  # kernels see its sign
+    scale = scale.astype(wide)
     if scale.ndim:
         raise ValueError(f"scale must be a number, got shape {scale.shape}; use a score_mod")
     return Tile(q, k, v, scale, score, mask, score_mod, normalizer)

@@ -1,13 +1,14 @@
 """Attention on Hopper GPUs, by kernels into which mask, modification and normaliser are traced.
 
 Three kernels share one shape: `outputs`, `row_slopes` for the derivatives along queries, and
-`column_slopes` for those along keys. A program has three warpgroups. Two compute, each for a block
-of rows that it holds in shared memory; the third fetches the blocks of the other axis that the mask
-leaves, in the order of a list: full ones first, on which the predicate is not evaluated.
+`column_slopes` for those along keys. Of the warpgroups of a program all but one compute, each for a
+block of rows that it holds in shared memory; the last fetches the blocks of the other axis that the
+mask leaves, in the order of a list: full ones first, on which the predicate is not evaluated.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from attn_kernels import gpu
 from attn_kernels.attention import traced
+from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of
 from attn_kernels.attention.elementwise import COMMON
 from attn_kernels.attention.tile import Tile
 from attn_kernels.attention.traced import Parts, parts_of, tile_lists
@@ -26,25 +29,12 @@ from attn_kernels.varying import varying
 LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
-COMPUTING = 2  # warpgroups of a program that compute
 LANES = 64  # dimensions of a head are padded to a multiple
+STEPS = 8  # and lengths, for copies of blocks
 WIDEST = 256
-PRIMITIVES = COMMON | {"atan2", "clamp", "cos", "erf", "log2", "round", "sin", "square"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Sizes of a kernel.
-
-    Attributes:
-      rows: how many a warpgroup holds.
-      columns: how many it gets at once.
-      slots: for how many blocks of these there is room.
-    """
-
-    rows: int
-    columns: int
-    slots: int
+PRIMITIVES = COMMON | {"square"}
+# By computing warpgroups, the registers of theirs and of the one that fetches.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
 @jax.tree_util.register_static
@@ -56,12 +46,16 @@ class Problem:
       parts: mask, modification and normaliser.
       heads: H.
       lengths: T and S.
+      growing: whether scores are known to grow with products of queries and keys.
+      exact: whether derivatives of operands are sums in which the rounding of outputs would add up.
       forward, rows, columns: the blocks of the three kernels.
     """
 
     parts: Parts
     heads: int
     lengths: tuple[int, int]
+    growing: bool
+    exact: bool
     forward: Blocks
     rows: Blocks
     columns: Blocks
@@ -69,8 +63,10 @@ class Problem:
 
 def refusal(tile: Tile) -> str | None:
     """Why the kernels cannot serve a tile, None if they can."""
-    if jax.version.__version_info__ < (0, 11, 1):
+    if not gpu.supported():
         return f"it needs JAX 0.11.1, which needs Python 3.12; this is {jax.__version__}"
+    if tile.summing:
+        tile = dataclasses.replace(tile, v=tile.k)
     if reason := traced.refusal(tile, PRIMITIVES, ("bfloat16", "float16")):
         return reason
     if len({x.dtype for x in (tile.q, tile.k, tile.v)}) > 1:
@@ -78,13 +74,6 @@ def refusal(tile: Tile) -> str | None:
     if max(tile.q.shape[3], tile.v.shape[3]) > WIDEST:
         return f"D and Dv are at most {WIDEST}, got {tile.q.shape[3]} and {tile.v.shape[3]}"
     return None
-
-
-def blocks_of(dim: int) -> tuple[Blocks, Blocks, Blocks]:
-    """The blocks of the three kernels for a head dimension."""
-    if dim <= 128:
-        return Blocks(64, 128, 2), Blocks(64, 64, 2), Blocks(64, 64, 2)
-    return Blocks(64, 64, 2), Blocks(64, 64, 1), Blocks(64, 64, 1)
 
 
 class Tiles:
@@ -111,9 +100,6 @@ class Tiles:
         ref = ref.at[(*lead, pl.ds(self.starts[along], self.shape[axis]))]
         x = plgpu.load(ref, layout=(ROWS, COLUMNS)[axis], optimized=False)
         return lax.broadcast_in_dim(x, self.shape, [axis])
-
-    def of_row(self, ref):
-        return self.vector(ref, "q", (self.b, self.h))
 
     def _leaf(self, n):
         ref, axes = self.refs[n], self.parts.axes[n]
@@ -148,29 +134,49 @@ class Tiles:
         """The modified scores if softmax normalises, else the weights."""
         return self.parts.value(scores, self.place, self.leaves)
 
-    def slopes(self, scores, weight_slopes, lse, lost, whole: bool):
+    def weights(self, products, scale, lse, whole: bool):
+        """The weights of pairs.
+
+        Args:
+          products: of queries and keys.
+          scale: what makes scores of them.
+          lse: of softmax, log2 of the denominator.
+          whole: whether every pair is allowed.
+        """
+        if self.parts.plain:
+            found = jnp.exp2(products * (scale * LOG2E) - lse)
+        elif self.parts.softmax:
+            found = jnp.exp2(self.value(products * scale) * LOG2E - lse)
+        else:
+            found = self.value(products * scale)
+        return self._clear(found, whole)
+
+    def slopes(self, products, scale, weights, weight_slopes, lost, whole: bool):
         """The weights, the derivatives of the scores, and those of the leaves that move.
 
         Args:
-          scores: before modification.
-          weight_slopes: the derivatives of the weights.
-          lse, lost: of softmax, log2 of the denominator and what all slopes of a row lose.
-          whole: whether every pair is allowed.
+          products, scale, whole: as in `weights`.
+          weights: from there, of softmax.
+          weight_slopes: the derivatives of the weights; None for 0.
+          lost: what they lose, of softmax or where they are None.
         """
-
-        def clear(x):
-            return x if whole else jnp.where(allowed, x, 0.0)
-
-        allowed = None if whole else self.allowed()
-        place, leaves = self.place, self.leaves
-        if not self.parts.softmax:
-            found = self.parts.slopes(scores, clear(weight_slopes), place, leaves)
-            return tuple(map(clear, found))
-        weights = clear(jnp.exp2(self.value(scores) * LOG2E - lse))
-        slopes = weights * (weight_slopes - lost)
-        _, *slopes = self.parts.slopes(scores, slopes, place, leaves)
+        if weight_slopes is None:
+            weight_slopes = -lost
+        elif self.parts.softmax:
+            weight_slopes = weight_slopes - lost
+        if self.parts.softmax:
+            weight_slopes = weights * weight_slopes
+        else:
+            weight_slopes = self._clear(weight_slopes, whole)
+        if self.parts.plain:
+            return weights, weight_slopes
+        found = self.parts.slopes(products * scale, weight_slopes, self.place, self.leaves)
         # What a modification makes of a slope of 0 may be NaN.
-        return weights, *(slopes if self.parts.plain else map(clear, slopes))
+        value, *found = (self._clear(x, whole) for x in found)
+        return weights if self.parts.softmax else value, *found
+
+    def _clear(self, x, whole: bool):
+        return x if whole else jnp.where(self.allowed(), x, 0.0)
 
 
 @dataclasses.dataclass
@@ -184,7 +190,7 @@ class Program:
       block: the number of the n-th of them on its axis.
       held: its blocks of rows, in shared memory.
       fetched, ready, used: the slots of the fetched blocks, and their barriers.
-      turn: passes the tensor cores to the other warpgroup and waits for them.
+      passing: a barrier for two warpgroups that take turns, None for more.
     """
 
     wg: jax.Array
@@ -200,9 +206,18 @@ class Program:
     used: Sequence
     passing: object
 
+    def leave(self):
+        """Leaves the tensor cores to the other warpgroup."""
+        if self.passing is not None:
+            plgpu.barrier_arrive(self.passing)
+
+    def enter(self):
+        if self.passing is not None:
+            plgpu.barrier_wait(self.passing)
+
     def turn(self):
-        plgpu.barrier_arrive(self.passing)
-        plgpu.barrier_wait(self.passing)
+        self.leave()
+        self.enter()
 
     def loop(self, step, carry):
         """`step(n, carry, whole)` for all fetched blocks."""
@@ -211,34 +226,51 @@ class Program:
 
 
 def run(
-    problem, blocks, held, fetched, extra, lists, leaves, results, compute, spare=(), direct=()
+    problem,
+    blocks,
+    held,
+    fetched,
+    extra,
+    lists,
+    leaves,
+    results,
+    compute,
+    spare=(),
+    direct=(),
+    last_first=True,
 ):
     """The arrays that `compute(program, extra, leaves, direct)` gives for every block of rows.
 
     Args:
-      held, fetched: arrays `[B, n, heads, dim]`, the fetched ones a pair.
+      held: arrays `[B, n, heads, dim]`.
+      fetched: lists of such arrays, and of numbers `[B, H, n]`, that arrive together.
       extra: arrays that are read where they are.
       spare: results that have no held block of their size to leave through.
       direct: shapes of more results, which `compute` itself writes.
+      last_first: whether programs for the last rows go first.
       lists: from `tile_lists`.
       results: shapes, `[B, n, H, dim]` or `[B, H, n]`, n a multiple of two blocks of rows.
     """
     batch, dtype = held[0].shape[0], held[0].dtype
     slots, rows = blocks.slots, blocks.rows
-    inputs = [*held, *fetched, *extra, *lists, *leaves]
+    inputs = [*held, *itertools.chain(*fetched), *extra, *lists, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
         parts = []
-        for n in (len(held), 2, len(extra), 3, len(leaves), len(results), len(direct)):
+        counts = map(len, (held, *fetched, extra, lists, leaves, results, direct))
+        for n in counts:
             parts.append(refs[:n])
             del refs[:n]
 
         def body(held_smem, spare_smem, fetched_smem, vectors, arrived, ready, used, passing):
-            held_refs, fetched_refs, extra_refs, list_refs, leaf_refs, result_refs, direct_refs = (
+            held_refs, *fetched_refs, extra_refs, list_refs, leaf_refs, result_refs, direct_refs = (
                 parts
             )
             b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+            # Late queries of causal masks meet the most keys, and early keys the most queries: the
+            # longest programs go first.
+            i = lists[0].shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
             order, full, some = list_refs
             at = (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
@@ -249,16 +281,16 @@ def run(
             def block(n):
                 return order[(*at, n)]
 
-            @pl.when(wg < COMPUTING)
+            @pl.when(wg < blocks.warpgroups)
             def _():
-                registers(232, "increase")
-                start = (i * COMPUTING + wg) * rows
+                registers(REGISTERS[blocks.warpgroups][0], "increase")
+                start = i * blocks.held + wg * rows
                 mine = [x.at[wg] for x in held_smem]
                 for ref, smem in zip(held_refs, mine):
                     plgpu.copy_gmem_to_smem(
                         ref.at[b, pl.ds(start, rows), head(ref)], smem, arrived.at[wg]
                     )
-                    plgpu.barrier_wait(arrived.at[wg])
+                plgpu.barrier_wait(arrived.at[wg])
                 program = Program(
                     wg,
                     b,
@@ -271,7 +303,7 @@ def run(
                     fetched_smem,
                     ready,
                     used,
-                    passing,
+                    passing if blocks.warpgroups == 2 else None,
                 )
                 found = compute(program, extra_refs, leaf_refs, direct_refs)
                 free = [*mine, *(x.at[wg] for x in spare_smem)]
@@ -280,52 +312,55 @@ def run(
                     if value.ndim == 1:
                         smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
                     else:
-                        smem = next(x for x in free if x.shape == value.shape)
-                        free.remove(smem)
+                        at_hand = (n for n, x in enumerate(free) if x.shape == value.shape)
+                        smem = free.pop(next(at_hand))
                         place = b, pl.ds(start, rows), h
                     smem[...] = value.astype(smem.dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(smem, ref.at[place])
                 plgpu.wait_smem_to_gmem(0)
 
-            @pl.when(wg == COMPUTING)
+            @pl.when(wg == blocks.warpgroups)
             def _():
-                registers(40, "decrease")
+                registers(REGISTERS[blocks.warpgroups][1], "decrease")
 
                 @pl.loop(0, some[at])
                 def _(n):
-                    slot = lax.rem(n, jnp.int32(slots))
+                    slot = blocks.slot(n)
                     columns = pl.ds(block(n) * blocks.columns, blocks.columns)
-                    for ref, smem, barrier, free in zip(fetched_refs, fetched_smem, ready, used):
+                    for refs, smems, barrier, free in zip(fetched_refs, fetched_smem, ready, used):
 
                         @pl.when(n >= slots)
                         def _(free=free):
                             plgpu.barrier_wait(free.at[slot])
 
-                        plgpu.copy_gmem_to_smem(
-                            ref.at[b, columns, head(ref)], smem.at[slot], barrier.at[slot]
-                        )
+                        for ref, smem in zip(refs, smems):
+                            numbers = len(ref.shape) == 3
+                            place = (b, h, columns) if numbers else (b, columns, head(ref))
+                            plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
 
                 @pl.loop(jnp.maximum(some[at] - slots, 0), some[at])
                 def _(n):
                     for free in used:
-                        plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(slots))])
+                        plgpu.barrier_wait(free.at[blocks.slot(n)])
 
         def shared(count, length, x):
-            transforms = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+            if len(x.shape) == 3:
+                return plgpu.SMEM((count, length), jnp.float32)
+            transforms = plgpu.TilingTransform((STEPS, LANES)), plgpu.SwizzleTransform(128)
             return plgpu.SMEM((count, length, x.shape[-1]), dtype, transforms=transforms)
 
-        number = max(1, sum(len(x.shape) == 3 for x in results))
+        number, groups = max(1, sum(len(x.shape) == 3 for x in results)), blocks.warpgroups
         pl.run_scoped(
             body,
-            [shared(COMPUTING, rows, x) for x in held],
-            [shared(COMPUTING, rows, x) for x in spare],
-            [shared(slots, blocks.columns, x) for x in fetched],
-            plgpu.SMEM((number, COMPUTING, rows), jnp.float32),
-            plgpu.Barrier(num_barriers=COMPUTING),
-            [plgpu.Barrier(num_barriers=slots) for _ in fetched],
-            [plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=slots) for _ in fetched],
-            plgpu.Barrier(num_arrivals=COMPUTING),
+            [shared(groups, rows, x) for x in held],
+            [shared(groups, rows, x) for x in spare],
+            [[shared(slots, blocks.columns, x) for x in part] for part in fetched],
+            plgpu.SMEM((number, groups, rows), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(held), num_barriers=groups),
+            [plgpu.Barrier(num_arrivals=len(part), num_barriers=slots) for part in fetched],
+            [plgpu.Barrier(num_arrivals=groups, num_barriers=slots) for _ in fetched],
+            plgpu.Barrier(num_arrivals=groups),
             collective_axes="wg",
         )
 
@@ -334,7 +369,7 @@ def run(
         out_type=[*results, *direct],
         grid=(problem.heads, lists[0].shape[2], batch),
         grid_names=("heads", "tiles", "batch"),
-        num_threads=COMPUTING + 1,
+        num_threads=blocks.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpreted() else False,
@@ -360,6 +395,30 @@ def product(a, b, meanwhile=lambda: None):
         return acc[...]
 
     return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def two_products(first, second, ready, between):
+    """`between(a b)` and c d, the second product running meanwhile.
+
+    Args:
+      first, second: a and b, c and d, in shared memory.
+      ready: waits for the second.
+      between: a function of arrays.
+    """
+    if interpreted():
+        found = between(product(*first))
+        ready()
+        return found, product(*second)
+
+    def body(one, other):
+        plgpu.wgmma(one, *first)
+        ready()
+        plgpu.wgmma(other, *second)
+        found = between(plgpu.wgmma_accumulator_load(one, wait_n=1))
+        return lax.optimization_barrier(found), other[...]
+
+    shapes = [(a.shape[0], b.shape[1]) for a, b in (first, second)]
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def plus_product(sums, a, b, meanwhile=lambda: None):
@@ -390,15 +449,18 @@ def over(vector, shape):
 
 
 def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
-    """`[B, T', H, Dv]`, and for softmax the maximum and the sum `[B, H, T']`."""
+    """`[B, T', H, Dv]`, and for softmax the maximum and the sum `[B, H, T']`.
+
+    Without v, of other weights the sum, and of softmax its two alone.
+    """
     shape = blocks.rows, blocks.columns
-    batch, dim = q.shape[0], v.shape[-1]
+    batch = q.shape[0]
     extra = [scale] if sink is None else [scale, sink]
 
     def compute(program, extra, leaf_refs, _):
         scale = extra[0][0]
-        (q_held, *_), (keys, values) = program.held, program.fetched
-        (k_ready, v_ready), (k_used, v_used) = program.ready, program.used
+        (q_held, *_), ((keys,), *values) = program.held, program.fetched
+        (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
         top, total = zeros(blocks.rows) - jnp.inf, zeros(blocks.rows)
         if sink is not None:
             top, total = along_rows(program, extra[1], blocks.rows) * LOG2E, total + 1.0
@@ -411,57 +473,75 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         def step(n, carry, whole):
             out, top, total = carry
-            slot = lax.rem(n, jnp.int32(blocks.slots))
-            scores = product(q_held, keys.at[slot].T, program.turn)
+            slot = blocks.slot(n)
+            products = product(q_held, keys.at[slot].T, program.turn)
             plgpu.barrier_arrive(k_used.at[slot])
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
-            scores = scores * (scale * LOG2E) if tile.parts.plain else tile.value(scores * scale)
             if problem.parts.softmax:
-                scores = scores if tile.parts.plain else scores * LOG2E
-                scores = scores if whole else jnp.where(tile.allowed(), scores, -jnp.inf)
-                new = jnp.maximum(top, scores.max(axis=1))
+                factor = scale * LOG2E
+                if not problem.parts.plain:
+                    products, factor = tile.value(products * scale), LOG2E
+                elif not problem.growing:
+                    products, factor = products * factor, 1.0
+                products = products if whole else jnp.where(tile.allowed(), products, -jnp.inf)
+                new = jnp.maximum(top, products.max(axis=1) * factor)
                 finite = jnp.where(new == -jnp.inf, 0.0, new)
-                weights = jnp.exp2(scores - over(finite, shape))
+                weights = jnp.exp2(products * factor - over(finite, shape))
                 rescale = jnp.exp2(top - finite)
-                out = out * over(rescale, out.shape)
+                out = out * over(rescale, out.shape) if values else None
                 top, total = new, total * rescale + weights.sum(axis=1)
             else:
-                weights = scores if whole else jnp.where(tile.allowed(), scores, 0.0)
-            weights = weights.astype(q.dtype)
-            out, top, total, weights = lax.optimization_barrier((out, top, total, weights))
-            plgpu.barrier_arrive(program.passing)
-            plgpu.barrier_wait(v_ready.at[slot])
-            plgpu.barrier_wait(program.passing)
+                weights = tile.value(products * scale)
+                weights = weights if whole else jnp.where(tile.allowed(), weights, 0.0)
+                total = total if values else total + weights.sum(axis=1)
 
             def await_keys():
                 @pl.when(n + 1 < program.some)
                 def _():
-                    plgpu.barrier_wait(k_ready.at[lax.rem(n + 1, jnp.int32(blocks.slots))])
+                    plgpu.barrier_wait(k_ready.at[blocks.slot(n + 1)])
 
-            out = plus_product(out, weights, values.at[slot], await_keys)
-            plgpu.barrier_arrive(v_used.at[slot])
+            if not values:
+                await_keys()
+                return out, top, total
+            weights = weights.astype(q.dtype)
+            out, top, total, weights = lax.optimization_barrier((out, top, total, weights))
+            program.leave()
+            plgpu.barrier_wait(v_ready[0].at[slot])
+            program.enter()
+            out = plus_product(out, weights, values[0][0].at[slot], await_keys)
+            plgpu.barrier_arrive(v_used[0].at[slot])
             return out, top, total
 
-        out, top, total = program.loop(step, (zeros(blocks.rows, dim), top, total))
+        out = zeros(blocks.rows, v.shape[-1]) if values else None
+        out, top, total = program.loop(step, (out, top, total))
         pl.when(program.wg == 0)(program.turn)
-        if not problem.parts.softmax:
-            return [out]
-        out = out * over(1 / jnp.where(total > 0, total, 1.0), out.shape)
-        return [out, top * (1 / LOG2E), total]
+        stats = [top * (1 / LOG2E), total] if problem.parts.softmax else [total]
+        if not values:
+            return stats
+        if problem.parts.softmax:
+            out = out * over(1 / jnp.where(total > 0, total, 1.0), out.shape)
+        else:
+            stats = []
+        return [out, *stats]
 
-    rows = lists[0].shape[2] * COMPUTING * blocks.rows
-    results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dim), q.dtype)]
-    if problem.parts.softmax:
-        results += [jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)] * 2
-    spare = [] if q.shape[-1] == dim else results[:1]
-    return run(problem, blocks, [q], [k, v], extra, lists, leaves, results, compute, spare)
+    rows = lists[0].shape[2] * blocks.held
+    results, spare = [], []
+    if v is not None:
+        results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, v.shape[-1]), q.dtype)]
+        spare = list(results) if q.shape[-1] != v.shape[-1] else []
+    stats = jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)
+    results += [stats] * (2 if problem.parts.softmax else v is None)
+    held, fetched = [q], [[k]] if v is None else [[k], [v]]
+    return run(problem, blocks, held, fetched, extra, lists, leaves, results, compute, spare)
 
 
 def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     """dq `[B, T', H, D]`, and the slopes of leaves that move, with what number they have there.
 
-    Leaves without keys have them by rows, and those with both axes by pairs.
+    Leaves without keys have them by rows, and those with both axes by pairs. Without v and dout,
+    the derivatives of weights are what they lose. If that is None, it is all that is computed, as
+    `[B, H, T']`.
     """
     shape = blocks.rows, blocks.columns
     batch, dim = q.shape[0], q.shape[-1]
@@ -469,24 +549,40 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     by_pairs = [m for m, n in enumerate(problem.parts.moving) if problem.parts.axes[n] == "qk"]
 
     def compute(program, extra, leaf_refs, pair_refs):
-        lse_ref, lost_ref, scale_ref = extra
+        lse_ref, *lost_ref, scale_ref = extra
         scale = scale_ref[0]
-        (q_held, dout_held), (keys, values) = program.held, program.fetched
-        (k_ready, v_ready), (k_used, v_used) = program.ready, program.used
-        lse, lost = (along_rows(program, ref, blocks.rows) for ref in (lse_ref, lost_ref))
+        (q_held, *dout_held), ((keys,), *values) = program.held, program.fetched
+        (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
+        lse, *lost = (along_rows(program, ref, blocks.rows) for ref in (lse_ref, *lost_ref))
 
         def step(n, carry, whole):
             dq, sums = carry
-            slot = lax.rem(n, jnp.int32(blocks.slots))
+            slot = blocks.slot(n)
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
             plgpu.barrier_wait(k_ready.at[slot])
-            scores = product(q_held, keys.at[slot].T) * scale
-            plgpu.barrier_wait(v_ready.at[slot])
-            weight_slopes = product(dout_held, values.at[slot].T)
-            plgpu.barrier_arrive(v_used.at[slot])
+
+            def weighted(products):
+                if not problem.parts.softmax:
+                    return products, None
+                return products, tile.weights(products, scale, over(lse, shape), whole)
+
+            first, weight_slopes = (q_held, keys.at[slot].T), None
+            if values:
+                (products, weights), weight_slopes = two_products(
+                    first,
+                    (dout_held[0], values[0][0].at[slot].T),
+                    lambda: plgpu.barrier_wait(v_ready[0].at[slot]),
+                    weighted,
+                )
+                plgpu.barrier_arrive(v_used[0].at[slot])
+            else:
+                products, weights = weighted(product(*first))
+            if not lost:
+                plgpu.barrier_arrive(k_used.at[slot])
+                return dq, [sums[0] + (weights * weight_slopes).sum(axis=1)]
             _, slopes, *moved = tile.slopes(
-                scores, weight_slopes, over(lse, shape), over(lost, shape), whole
+                products, scale, weights, weight_slopes, over(lost[0], shape), whole
             )
             sums = [x + moved[m].sum(axis=1) for x, m in zip(sums, by_rows)]
             for ref, m in zip(pair_refs, by_pairs):
@@ -495,70 +591,124 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
             plgpu.barrier_arrive(k_used.at[slot])
             return dq, sums
 
-        dq, sums = program.loop(
-            step, (zeros(blocks.rows, dim), [zeros(blocks.rows) for _ in by_rows])
-        )
+        if not lost:
+            return program.loop(step, (None, [zeros(blocks.rows)]))[1]
+        sums = [zeros(blocks.rows) for _ in by_rows]
+        dq, sums = program.loop(step, (zeros(blocks.rows, dim), sums))
         return [dq * scale, *sums]
 
-    rows = lists[0].shape[2] * COMPUTING * blocks.rows
-    results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dim), q.dtype)]
-    results += [jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)] * len(by_rows)
+    rows = lists[0].shape[2] * blocks.held
+    sums = jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)
+    if lost is None:
+        results, by_rows, by_pairs = [sums], [], []
+    else:
+        results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dim), q.dtype)]
+        results += [sums] * len(by_rows)
     columns = -(-problem.lengths[1] // blocks.columns) * blocks.columns
     pairs = jax.ShapeDtypeStruct((batch, problem.heads, rows, columns), jnp.float32)
-    extra, direct = [lse, lost, scale], [pairs] * len(by_pairs)
+    extra, direct = [lse, *([] if lost is None else [lost]), scale], [pairs] * len(by_pairs)
+    held, fetched = ([q], [[k]]) if v is None else ([q, dout], [[k], [v]])
     found = run(
-        problem, blocks, [q, dout], [k, v], extra, lists, leaves, results, compute, direct=direct
+        problem, blocks, held, fetched, extra, lists, leaves, results, compute, direct=direct
     )
     return found, [*by_rows, *by_pairs]
 
 
-def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
-    """dk, dv `[B, S', H, .]` by query head, and the slopes of leaves with keys alone by columns."""
-    shape = blocks.rows, blocks.columns
-    batch, (dim, value_dim) = q.shape[0], (k.shape[-1], v.shape[-1])
-    by_columns = [m for m, n in enumerate(problem.parts.moving) if problem.parts.axes[n] == "k"]
+def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists, wanted="kv"):
+    """dk, dv `[B, S', H, .]` by query head, and the slopes of leaves with keys alone by columns.
+
+    The last come with dk; `wanted` may be one of "k" and "v" alone, and is "k" without v and dout.
+    """
+    shape, softmax = (blocks.rows, blocks.columns), problem.parts.softmax
+    batch, dims = q.shape[0], {"k": k.shape[-1], "v": None if v is None else v.shape[-1]}
+    moving = [m for m, n in enumerate(problem.parts.moving) if problem.parts.axes[n] == "k"]
+    by_columns = moving if "k" in wanted else []
 
     def compute(program, extra, leaf_refs, _):
-        lse_ref, lost_ref, scale_ref = extra
-        scale = scale_ref[0]
-        (k_held, v_held), (queries, douts) = program.held, program.fetched
-        (q_ready, dout_ready), (q_used, dout_used) = program.ready, program.used
+        scale = extra[0][0]
+        k_held, *v_held = program.held
+        (queries, *numbers), *others = program.fetched
+        (q_ready, *dout_ready), (q_used, *dout_used) = program.ready, program.used
+        if others:
+            (douts, *more), dout_ready, dout_used = others[0], dout_ready[0], dout_used[0]
+            numbers += more
 
         def step(n, carry, whole):
-            dk, dv, sums = carry
-            slot = lax.rem(n, jnp.int32(blocks.slots))
+            sums, columns = carry
+            slot = blocks.slot(n)
             starts = {"k": program.start, "q": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 1)
+
+            def at_queries(n):
+                if not numbers:
+                    return None
+                x = plgpu.load(numbers[n].at[slot], layout=COLUMNS, optimized=False)
+                return lax.broadcast_in_dim(x, shape, [1])
+
+            def weighted(products):
+                if not softmax and "k" in wanted:
+                    return products, None
+                return products, tile.weights(products, scale, at_queries(0), whole)
+
+            def await_douts():
+                plgpu.barrier_wait(dout_ready.at[slot])
+
             plgpu.barrier_wait(q_ready.at[slot])
-            scores = product(k_held, queries.at[slot].T) * scale
-            plgpu.barrier_wait(dout_ready.at[slot])
-            weight_slopes = product(v_held, douts.at[slot].T)
-            lse, lost = tile.of_row(lse_ref), tile.of_row(lost_ref)
-            weights, slopes, *moved = tile.slopes(scores, weight_slopes, lse, lost, whole)
-            sums = [x + moved[m].sum(axis=1) for x, m in zip(sums, by_columns)]
-            dv = plus_product(dv, weights.astype(q.dtype), douts.at[slot])
-            plgpu.barrier_arrive(dout_used.at[slot])
-            dk = plus_product(dk, slopes.astype(q.dtype), queries.at[slot])
+            first, weight_slopes = (k_held, queries.at[slot].T), None
+            if v_held:
+                (products, weights), weight_slopes = two_products(
+                    first, (v_held[0], douts.at[slot].T), await_douts, weighted
+                )
+            else:
+                products, weights = weighted(product(*first))
+                if others:
+                    await_douts()
+            if "k" in wanted:
+                weights, slopes, *moved = tile.slopes(
+                    products, scale, weights, weight_slopes, at_queries(-1), whole
+                )
+                columns = [x + moved[m].sum(axis=1) for x, m in zip(columns, by_columns)]
+            sums = dict(sums)
+            if "v" in wanted:
+                sums["v"] = plus_product(sums["v"], weights.astype(q.dtype), douts.at[slot])
+            if others:
+                plgpu.barrier_arrive(dout_used.at[slot])
+            if "k" in wanted:
+                sums["k"] = plus_product(sums["k"], slopes.astype(q.dtype), queries.at[slot])
             plgpu.barrier_arrive(q_used.at[slot])
-            return dk, dv, sums
+            return sums, columns
 
-        start = (
-            zeros(blocks.rows, dim),
-            zeros(blocks.rows, value_dim),
-            [zeros(blocks.rows) for _ in by_columns],
-        )
-        dk, dv, sums = program.loop(step, start)
-        return [dk * scale, dv, *sums]
+        start = {x: zeros(blocks.rows, dims[x]) for x in wanted}
+        sums, columns = program.loop(step, (start, [zeros(blocks.rows) for _ in by_columns]))
+        if "k" in wanted:
+            sums = sums | {"k": sums["k"] * scale}
+        return [*(sums[x] for x in wanted), *columns]
 
-    rows = lists[0].shape[2] * COMPUTING * blocks.rows
-    results = [
-        jax.ShapeDtypeStruct((batch, rows, problem.heads, n), q.dtype) for n in (dim, value_dim)
-    ]
+    rows = lists[0].shape[2] * blocks.held
+    results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dims[x]), q.dtype) for x in wanted]
+    spare = results if wanted == "v" and dims["k"] != dims["v"] else []
     results += [jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)] * len(by_columns)
-    extra = [lse, lost, scale]
-    return run(
-        problem, blocks, [k, v], [q, dout], extra, lists, leaves, results, compute
-    ), by_columns
+    lse, losses = ([lse], [lost]) if softmax else ([], [])
+    if v is None:
+        held, fetched = [k], [[q, *lse, lost]]
+    elif wanted == "v":
+        held, fetched = [k], [[q, *lse], [dout]]
+    else:
+        held, fetched = [k, v], [[q, *lse], [dout, *losses]]
+    found = run(
+        problem,
+        blocks,
+        held,
+        fetched,
+        [scale],
+        lists,
+        leaves,
+        results,
+        compute,
+        spare,
+        last_first=False,
+    )
+    return found, by_columns
 
 
 def attend(tile: Tile):
@@ -568,15 +718,24 @@ def attend(tile: Tile):
     """
     parts, leaves, sink = parts_of(tile, PRIMITIVES)
     lengths, width = (tile.q.shape[2], tile.k.shape[2]), tile.v.shape[3]
-    q, k, v = (
-        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0),) * 3 + ((0, -x.shape[3] % LANES),))
-        for x in (tile.q, tile.k, tile.v)
+    q, k, *v = (
+        jnp.pad(
+            jnp.swapaxes(x, 1, 2),
+            ((0, 0), (0, -x.shape[2] % STEPS), (0, 0), (0, -x.shape[3] % LANES)),
+        )
+        for x in (tile.q, tile.k, *([] if tile.summing else [tile.v]))
     )
-    blocks = blocks_of(max(q.shape[3], v.shape[3]))
-    problem = Problem(parts, tile.q.shape[1], lengths, *blocks)
+    v = None if tile.summing else v[0]
+    kind = "plain" if parts.plain else "modified" if parts.softmax else "weights"
+    dim = max(x.shape[3] for x in (k, v) if x is not None)
+    blocks = [blocks_of(kernel, dim, q.dtype, kind) for kernel in KERNELS]
+    growing = not isinstance(tile.scale, jax.core.Tracer) and float(tile.scale) > 0
+    problem = Problem(parts, tile.q.shape[1], lengths, growing, False, *blocks)
     args = q, k, v, tile.scale, sink, leaves
     out, stats = _attend(problem, *varying(args, args))
-    return jnp.swapaxes(out[..., :width], 1, 2), tuple(x[..., None] for x in stats)
+    if tile.summing:
+        return out[..., None], tuple(x[..., None] for x in stats)
+    return jnp.swapaxes(out[:, : lengths[0], :, :width], 1, 2), tuple(x[..., None] for x in stats)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -590,16 +749,19 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
     if sink is not None:
         shape = *sink.shape[:2], problem.lengths[0]
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
-    out, *stats = outputs(problem, problem.forward, q, k, v, scale.reshape(1), first, laid, lists)
-    length = problem.lengths[0]
-    return out[:, :length], tuple(x[:, :, :length] for x in stats)
+    args = q, k, v, scale.reshape(1), first, laid, lists
+    out, *stats = outputs(problem, problem.forward, *args)
+    if v is None:
+        found = [x[:, :, : problem.lengths[0]] for x in (out, *stats)]
+        return (jnp.sign(found[1]), tuple(found)) if stats else (found[0], ())
+    return out[:, : q.shape[1]], tuple(x[:, :, : problem.lengths[0]] for x in stats)
 
 
 def _prepared(problem, blocks, rows, leaves, every=False):
     """The leaves as kernels read them, the lists of tiles, and T in whole blocks."""
     mask = problem.parts.treedef.unflatten(leaves)[0]
-    held, fetched = COMPUTING * blocks.rows, blocks.columns
-    sizes = (held, fetched) if rows == "q" else (fetched, held)
+    sizes = blocks.held, blocks.columns
+    sizes = sizes if rows == "q" else sizes[::-1]
     whole = {a: -(-n // size) * size for a, n, size in zip("qk", problem.lengths, sizes)}
 
     def lay_out(x, axes):
@@ -623,7 +785,9 @@ def _to(length, x):
 
 def _forward(problem, *args):
     primals = jax.tree.map(lambda x: x.value, args)
-    problem = dataclasses.replace(problem, parts=problem.parts.perturbed(args[5]))
+    parts = problem.parts.perturbed(args[5])
+    exact = bool(parts.moving) or (args[4] is not None and args[4].perturbed)
+    problem = dataclasses.replace(problem, parts=parts, exact=exact)
     results = _outputs(problem, *primals)
     return results, (problem, primals, results)
 
@@ -631,43 +795,58 @@ def _forward(problem, *args):
 def _backward(_, saved, cotangents):
     problem, (q, k, v, scale, sink, leaves), results = saved
     (out, stats), (dout, dstats) = results, traced.given(cotangents, results)
-    dout = dout.astype(q.dtype)
-    (batch, length, heads, _), parts, dsink = q.shape, problem.parts, None
-    lse = lost = jnp.zeros((batch, heads, length), jnp.float32)
+    parts, length, dsink = problem.parts, problem.lengths[0], None
+    lse = lost = jnp.zeros((q.shape[0], problem.heads, length), jnp.float32)
+    given = None if v is None else dout.astype(q.dtype)
+    # Slopes by pairs are written as they are met, so that zeros must be met too.
+    dense = any(parts.axes[n] == "qk" for n in parts.moving)
+
+    def kernel(function, blocks, rows, lost, **kwargs):
+        laid, lists, whole = _prepared(problem, blocks, rows, leaves, dense and rows == "q")
+        vectors = _to(whole, lse), None if lost is None else _to(whole, lost), scale.reshape(1)
+        return function(problem, blocks, q, k, v, given, *vectors, laid, lists, **kwargs)
+
     if parts.softmax:
         top, total = stats
         some = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, top * LOG2E + jnp.log2(some), 0)
-        inner = jnp.einsum("bthd,bthd->bht", dout, out, preferred_element_type=jnp.float32)
-        lost = inner - total * dstats[1]
-        if sink is not None:
-            silent = jnp.exp(sink.astype(top.dtype) - top[..., None])
-            dsink = traced.reduced(silent * (dstats[1] - inner / some)[..., None], sink)
-    # Slopes by pairs are written as they are met, so that zeros must be met too.
-    dense = any(parts.axes[n] == "qk" for n in parts.moving)
-
-    def kernel(function, blocks, rows):
-        laid, lists, whole = _prepared(problem, blocks, rows, leaves, dense and rows == "q")
-        vectors = _to(whole, lse), _to(whole, lost), scale.reshape(1)
-        return function(problem, blocks, q, k, v, dout, *vectors, laid, lists)
-
+    if v is None:
+        inner, lost = dout * out, -dout
+    elif problem.exact and parts.softmax:
+        inner = kernel(row_slopes, problem.rows, "q", None)[0][0][:, :, :length]
+    else:
+        inner = (given.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+        inner = jnp.swapaxes(inner[:, :length], 1, 2)
+    if parts.softmax:
+        lost = lost + inner - total * dstats[1]
+    if sink is not None:
+        silent = jnp.exp(sink.astype(top.dtype) - top[..., None])
+        dsink = traced.reduced(silent * (dstats[1] - inner / some)[..., None], sink)
     slopes = {}
-    (dq, *by_rows), places = kernel(row_slopes, problem.rows, "q")
+    (dq, *by_rows), places = kernel(row_slopes, problem.rows, "q", lost)
     for m, x in zip(places, by_rows):
         x = x[:, :, :length]
         slopes[parts.moving[m]] = x[..., : problem.lengths[1]] if x.ndim == 4 else x[..., None]
-    (dk, dv, *by_columns), places = kernel(column_slopes, problem.columns, "k")
+    dv = None
+    if v is None:
+        (dk, *by_columns), places = kernel(column_slopes, problem.columns, "k", lost, wanted="k")
+    elif q.shape[3] + v.shape[3] <= WIDEST:
+        (dk, dv, *by_columns), places = kernel(column_slopes, problem.columns, "k", lost)
+    else:  # both at once do not fit into registers
+        (dk, *by_columns), places = kernel(column_slopes, problem.columns, "k", lost, wanted="k")
+        (dv,), _ = kernel(column_slopes, problem.columns, "k", lost, wanted="v")
     for m, x in zip(places, by_columns):
         slopes[parts.moving[m]] = x[:, :, None, : problem.lengths[1]]
 
     def grouped(x, like):
-        x = jnp.swapaxes(x[:, : problem.lengths[1]], 1, 2)
+        x = jnp.swapaxes(x[:, : like.shape[1]], 1, 2)
         return jnp.swapaxes(traced.grouped(x, jnp.swapaxes(like, 1, 2)), 1, 2)
 
-    dq = dq[:, :length]
+    dq = dq[:, : q.shape[1]]
     dscale = jnp.vdot(dq.astype(jnp.float32), q.astype(jnp.float32)) / scale
     leaf_slopes = traced.slopes_of(leaves, slopes)
-    return dq, grouped(dk, k), grouped(dv, v), dscale, dsink, leaf_slopes
+    dv = None if v is None else grouped(dv, v)
+    return dq, grouped(dk, k), dv, dscale, dsink, leaf_slopes
 
 
 _attend.defvjp(_forward, _backward, symbolic_zeros=True)

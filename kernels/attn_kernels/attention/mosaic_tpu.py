@@ -35,7 +35,9 @@ PRIMITIVES = COMMON | {
     "is_finite",
     "log1p",
     "logistic",
+    "not",
     "pow",
+    "rem of floats",
 }
 
 

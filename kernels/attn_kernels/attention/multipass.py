@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from attn_kernels.attention.normalizer import below
 from attn_kernels.attention.operand import operand
 from attn_kernels.attention.passes import MultiPass, Rows, transposed
-from attn_kernels.varying import varying_like
 
 
 def _normalizer(*data: str, meta: tuple[str, ...] = ()):
@@ -56,34 +54,15 @@ class Entmax(MultiPass):
 
     alpha: jax.Array
     num_iters: int = 50
-    implicit: ClassVar[bool] = True
 
     def statistics(self, rows):
-        top = rows.largest(1)
-        filled = top > -jnp.inf
-        top = jnp.where(filled, top, 0)
+        top, _ = rows.softmax()
         alpha = self.alpha.astype(top.dtype)
-
-        def excess(tau):
-            return jnp.where(filled, rows.sum(_entmax, alpha, top, tau) - 1, tau)
-
-        def halve(function, low):
-            width = jax.lax.stop_gradient(1 - rows.shape[1] ** (1 - alpha))
-
-            def step(n, low):
-                middle = low + width * 0.5 ** (n + 1.0)
-                return jnp.where(function(middle) >= 0, middle, low)
-
-            return jax.lax.fori_loop(0, self.num_iters, step, low)
-
-        def solve(slope, y):
-            return y / slope(jnp.ones_like(y))
-
-        low = varying_like(jnp.full(top.shape, -1, top.dtype), top)
-        tau = jax.lax.custom_root(excess, low, halve, solve)
+        bracket = -1.0, 1 - rows.shape[1] ** (1 - alpha)
+        tau = rows.root(_entmax, alpha, top, bracket=bracket, num_iters=self.num_iters)
         # The threshold is rounded; the sum, which is 1 for every score, is not to be derived.
         total = jax.lax.stop_gradient(rows.sum(_entmax, alpha, top, tau))
-        return top, tau, jnp.where(filled, total, 1)
+        return top, tau, jnp.where(total > 0, total, 1)
 
     def weight(self, scores, stats):
         top, tau, total = stats

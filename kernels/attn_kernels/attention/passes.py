@@ -15,18 +15,14 @@ from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.normalizer import Normalizer, Softmax, Stats
 from attn_kernels.attention.score_mod import ScoreMod
 from attn_kernels.attention.tile import Tile, accumulation_dtype
+from attn_kernels.varying import varying_like
 
 
 class MultiPass(Normalizer):
     """A normaliser whose statistics come from several reductions: `w(s, statistics)`.
 
     `weight` sees allowed scores alone; the weights of others are 0.
-
-    Attributes:
-      implicit: whether statistics solve equations, whose derivative takes forward mode.
     """
-
-    implicit = False
 
     def statistics(self, rows: "Rows") -> Stats:
         """Arrays `[B|1, H|1, T|1, S|1]` that `weight` needs: of rows, or of columns."""
@@ -43,10 +39,12 @@ class Rows:
     Attributes:
       tile: the scores' queries, keys, mask and modification.
       attend: the implementation that reduces.
+      forward_mode: whether it has derivatives in forward mode, beside those in reverse.
     """
 
     tile: Tile
     attend: Callable[[Tile], tuple[jax.Array, Stats]]
+    forward_mode: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +55,8 @@ class Rows:
         """The sum of the weights of a normaliser, and its statistics."""
         batch, _, length, _ = self.tile.k.shape
         ones = jnp.ones((batch, 1, length, 1), accumulation_dtype(self.tile.q))
-        return self.attend(dataclasses.replace(self.tile, v=ones, normalizer=normalizer))
+        part = dict(v=ones, normalizer=normalizer, summing=True)
+        return self.attend(dataclasses.replace(self.tile, **part))
 
     def sum(self, function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
         """`sum_j function(s_j, *operands)`."""
@@ -79,6 +78,45 @@ class Rows:
     def largest(self, count: int) -> jax.Array:
         """The largest `count` scores, in order: `[B, H, T, count]`, -inf where there are fewer."""
         return jax.lax.stop_gradient(self.reduce(_Largest(count))[1][0])
+
+    def root(
+        self,
+        function: Callable[..., jax.Array],
+        *operands: jax.Array,
+        bracket: tuple[jax.Array, jax.Array],
+        num_iters: int,
+    ) -> jax.Array:
+        """The x in a bracket with `sum_j function(s_j, *operands, x) = 1`; its end without keys.
+
+        Its derivatives are those of the equation.
+
+        Args:
+          function: one that falls as x grows.
+          operands: arrays that the function needs.
+          bracket: the least x, and how far beyond it the greatest is.
+          num_iters: how often the bracket is halved.
+        """
+
+        def excess(given, x):
+            tile, operands = given
+            return dataclasses.replace(self, tile=tile).sum(function, *operands, x) - 1
+
+        given = self.tile, operands
+        shape, dtype = (*self.tile.q.shape[:3], 1), accumulation_dtype(self.tile.q)
+        low, width = (
+            jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x in jax.lax.stop_gradient(bracket)
+        )
+        low = varying_like(low, given)
+        if not self.forward_mode:
+            return _root(excess, num_iters, given, low, width)
+
+        def halve(excess, low):
+            return _halve(excess, num_iters, low, width)
+
+        def solve(slope, y):
+            return _over_slope(y, slope(jnp.ones_like(y)))
+
+        return jax.lax.custom_root(functools.partial(excess, given), low, halve, solve)
 
     def plus(self, operand: jax.Array) -> "Rows":
         """The rows of `s + operand`."""
@@ -117,21 +155,60 @@ class Rows:
         return dataclasses.replace(self, tile=tile)
 
 
+def _halve(excess, num_iters, low, width):
+    def step(n, low):
+        middle = low + width * 0.5 ** (n + 1.0)
+        return jnp.where(excess(middle) >= 0, middle, low)
+
+    return jax.lax.fori_loop(0, num_iters, step, low)
+
+
+def _over_slope(y, slope):
+    """`y / slope`; 0 for a row without keys, whose slope is 0."""
+    some = slope != 0
+    return jnp.where(some, y / jnp.where(some, slope, 1), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _root(excess, num_iters, given, low, width):
+    return _halve(functools.partial(excess, given), num_iters, low, width)
+
+
+def _root_fwd(excess, num_iters, given, low, width):
+    x = _root(excess, num_iters, given, low, width)
+    return x, (given, x)
+
+
+def _root_bwd(excess, num_iters, saved, cotangent):
+    given, x = saved
+    _, of_x = jax.vjp(functools.partial(excess, given), x)
+    _, of_given = jax.vjp(lambda given: excess(given, x), given)
+    (slope,) = of_x(jnp.ones_like(x))
+    return *of_given(-_over_slope(cotangent, slope)), jnp.zeros_like(x), jnp.zeros_like(x)
+
+
+_root.defvjp(_root_fwd, _root_bwd)
+
+
 def transposed(operand: jax.Array) -> jax.Array:
     """An operand or a result of rows as one of columns, and back."""
     return jnp.swapaxes(operand, 2, 3)
 
 
 def settle(
-    tile: Tile, attend: Callable[[Tile], tuple[jax.Array, Stats]], finish: Callable | None = None
+    tile: Tile,
+    attend: Callable[[Tile], tuple[jax.Array, Stats]],
+    finish: Callable | None = None,
+    forward_mode: bool = True,
 ):
     """What `finish`, by default `attend`, makes of a tile once all but its last pass are done.
 
     Of a normaliser of several passes the statistics are those of the tile, not of the last pass.
+    `forward_mode` is whether `attend` has it.
     """
     if not isinstance(tile.normalizer, MultiPass):
         return (finish or attend)(tile)
-    stats = tile.normalizer.statistics(Rows(tile, attend))
+    stats = tile.normalizer.statistics(Rows(tile, attend, forward_mode))
     last = dataclasses.replace(tile, normalizer=_Settled(tile.normalizer, stats))
     return finish(last) if finish else (attend(last)[0], stats)
 

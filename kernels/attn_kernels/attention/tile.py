@@ -44,13 +44,14 @@ class Place:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("q", "k", "v", "scale", "score", "mask", "score_mod", "normalizer", "place"),
-    meta_fields=(),
+    meta_fields=("summing",),
 )
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """The arguments of attention with heads first: q `[B, H, T, D]`, k `[B, K, S, D]`, v alike.
 
-    Query t stands at position `t + S - T` and key s at s, unless there is a `place`.
+    Query t stands at position `t + S - T` and key s at s, unless there is a `place`. A tile that is
+    `summing` asks for sums of weights: v is ones.
     """
 
     q: jax.Array
@@ -62,6 +63,7 @@ class Tile:
     score_mod: ScoreMod | None
     normalizer: Normalizer
     place: Place | None = None
+    summing: bool = False
 
 
 def contract(heads: jax.Array, shared: jax.Array, transpose: bool) -> jax.Array:

@@ -1,0 +1,20 @@
+"""When Pallas kernels are run on GPUs."""
+
+import jax
+
+from attn_kernels.parallel import of_one_device
+
+NEEDED = (0, 11, 1)  # of JAX, which needs Python 3.12
+
+
+def supported() -> bool:
+    """Whether this JAX has what the kernels are written in."""
+    return jax.version.__version_info__ >= NEEDED
+
+
+def available() -> bool:
+    """Whether kernels may be chosen: on a Hopper GPU, where the compiler has nothing to split."""
+    if jax.default_backend() != "gpu" or not supported():
+        return False
+    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+    return hopper and of_one_device()
