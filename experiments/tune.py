@@ -1,0 +1,166 @@
+"""Which blocks the kernel of attention for GPUs is fastest with: `python -m experiments.tune`.
+
+Every kernel is timed with all blocks that fit, for every head dimension, dtype and kind of call of
+the config, under a causal mask. The workdir receives `cases.jsonl`, a line a case as it is done,
+and `blocks.json`, the package's table with the rows of this device replaced. The same command
+continues a run that was interrupted. It needs a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from attn_kernels.attention import ScoreMod, attention, sigmoid
+from attn_kernels.attention.blocks import KERNELS, KINDS, TABLE, Blocks, table, using
+from attn_lab.ops import sliding_window_mask
+from attn_lab.training import claim_workdir, run_main
+from attn_lab.training.config import as_dict
+from experiments.benchmark import timings
+
+SHARED_BYTES = 232_448  # of a program on Hopper
+REGISTERS = {2: 224, 3: 144}  # that numbers may take, by computing warpgroups
+KEY = "kernel", "dim", "dtype", "kind"
+
+
+def candidates(kernel: str, dim: int) -> Iterator[Blocks]:
+    """All blocks whose arrays fit into shared memory, and their sums into registers."""
+    arrays = 1 if kernel == "outputs" else 2
+    sums = 2 if kernel == "column_slopes" and dim <= 128 else 1
+    for columns, slots, groups in itertools.product((64, 128, 192, 256), (1, 2, 3), (2, 3)):
+        shared = 2 * dim * (arrays * groups * 64 + 2 * slots * columns)
+        # A thread has half as many numbers of an array in float32 as it has columns.
+        held = (sums * dim + arrays * columns + columns // 2) / 2
+        if shared < SHARED_BYTES - 2048 and held <= REGISTERS[groups] and (slots > 1 or dim > 192):
+            yield Blocks(64, columns, slots, groups)
+
+
+def call_of(config: ConfigDict, kernel: str, kind: str):
+    """A function of q, k, v that runs little more than the kernel."""
+    parts: dict[str, Any] = {"mask": sliding_window_mask(-1, 0)}
+    if kind == "modified":
+        parts["score_mod"] = ScoreMod(_capped)
+    elif kind == "weights":
+        parts["normalizer"] = sigmoid
+
+    def outputs(q, k, v):
+        return attention(q, k, v, **parts, implementation="mosaic_gpu")
+
+    def slopes(q, k, v):
+        _, pull = jax.vjp(outputs, q, k, v)
+        dq, *others = pull(q)
+        return dq if kernel == "row_slopes" else others
+
+    return outputs if kernel == "outputs" else slopes
+
+
+def _capped(score, b, h, q_index, k_index):
+    return 30 * jnp.tanh(score / 30) - 0.01 * (q_index - k_index)
+
+
+def cases(config: ConfigDict) -> list[dict[str, Any]]:
+    """All cases of a config.
+
+    Raises:
+      ValueError: a kind is unknown.
+    """
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kinds must be of {', '.join(KINDS)}, got {kind!r}")
+    axes = config.dims, config.dtypes, config.kinds, KERNELS
+    return [
+        {"kernel": kernel, "dim": dim, "dtype": dtype, "kind": kind, "blocks": blocks}
+        for dim, dtype, kind, kernel in itertools.product(*axes)
+        for blocks in candidates(kernel, dim)
+    ]
+
+
+def compiled(config: ConfigDict, case: dict[str, Any]):
+    """The case's program, or why there is none."""
+    args = jax.eval_shape(functools.partial(inputs, config, case["dim"], case["dtype"]))
+    function = call_of(config, case["kernel"], case["kind"])
+    try:
+        with using(**{case["kernel"]: case["blocks"]}):
+            return jax.jit(lambda *args: function(*args)).lower(*args).compile()
+    except (RuntimeError, ValueError) as error:
+        return str(error).split("\n")[0][:200]
+
+
+def inputs(config: ConfigDict, dim: int, dtype: str) -> list[jax.Array]:
+    """q, k and v."""
+    shape = config.batch, config.length, config.heads, dim
+    return [jax.random.normal(jax.random.key(n), shape, dtype) for n in range(3)]
+
+
+def tune(config: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
+    """Times all cases and writes the table.
+
+    Returns:
+      The rows of `blocks.json`.
+
+    Raises:
+      ValueError: a kind is unknown, or the workdir holds cases of another config or device.
+    """
+    device = jax.devices()[0].device_kind
+    todo = cases(config)
+    workdir = claim_workdir(workdir, as_dict(config) | {"device": device})
+    path = workdir / "cases.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
+    path.write_text("".join(whole))
+    rows = [json.loads(line) for line in whole]
+    done = [{name: row[name] for name in (*KEY, "blocks")} for row in rows]
+    for case in todo:
+        case["listed"] = [*vars(case["blocks"]).values()]
+    todo = [
+        case
+        for case in todo
+        if {name: case[name] for name in KEY} | {"blocks": case["listed"]} not in done
+    ]
+    for _, group in itertools.groupby(todo, lambda case: [case[name] for name in KEY]):
+        group = list(group)
+        # Compilation beside them would disturb the times.
+        with ThreadPoolExecutor(config.threads) as pool:
+            programs = list(pool.map(functools.partial(compiled, config), group))
+        for case, program in zip(group, programs):
+            row = {name: case[name] for name in KEY} | {"blocks": case["listed"]}
+            if isinstance(program, str):
+                row["error"] = program
+            else:
+                run = functools.partial(program, *inputs(config, case["dim"], case["dtype"]))
+                row["milliseconds"] = 1e3 * min(timings(run, config.repeats))
+            rows.append(row)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+    found = [row for row in table() if row["device"] != device] + best(rows, device)
+    text = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in found) + "\n]\n"
+    (workdir / "blocks.json").write_text(text)
+    if config.install:
+        TABLE.write_text(text)
+    return found
+
+
+def best(rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """Of every kernel, dimension, dtype and kind the fastest row."""
+    fastest: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        if "milliseconds" not in row:
+            continue
+        key = tuple(row[name] for name in KEY)
+        if key not in fastest or row["milliseconds"] < fastest[key]["milliseconds"]:
+            fastest[key] = row
+    return [{"device": device} | fastest[key] for key in sorted(fastest)]
+
+
+if __name__ == "__main__":
+    run_main(tune, Path(__file__).parent / "configs/tune.py", "runs/tune")
