@@ -204,7 +204,7 @@ def temporaries(topology, decay, write, dim, length, dtype):
     return compiled.memory_analysis().temp_size_in_bytes / heads
 
 
-TPUS = "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
+TPUS = "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
 CONFIGURATIONS = [(*kind, dim, jnp.bfloat16) for kind in KINDS for dim in (64, 128)]
 CONFIGURATIONS.append(("channel", "delta", 128, jnp.float32))
 ALL = [(tpu, *configuration) for tpu in TPUS for configuration in CONFIGURATIONS]

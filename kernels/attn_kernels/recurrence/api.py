@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from attn_kernels import parallel as devices
 from attn_kernels import tpu
 from attn_kernels.recurrence import definition, mosaic_tpu, parallel
 from attn_kernels.recurrence.chunked import chunked
@@ -13,7 +14,8 @@ from attn_kernels.recurrence.segments import apart
 from attn_kernels.varying import varying_like
 
 FORMS = ("auto", "chunk", "recurrent", "parallel")
-IMPLEMENTATIONS = (None, "xla", "mosaic_tpu")
+IMPLEMENTATIONS = (None, "xla", "mosaic_tpu", "mosaic_gpu")
+KERNELS = {"mosaic_tpu": "TPU", "mosaic_gpu": "GPU"}
 SHORT = 8  # below, steps cost less than the matrices of a chunk
 
 
@@ -66,9 +68,11 @@ def linear_attention(
         outright; longer ones are matrix products. The TPU kernel has matrix products alone.
       implementation: the program of the chunk form: "xla", "mosaic_tpu" (a Pallas kernel, for sums
         in float32, D and Dv up to 256 and chunks of 8, 16, 32, 64 or 128 steps, differentiable once
-        in reverse mode; it runs in interpret mode on a CPU), or None for the kernel on a TPU where
-        it serves the call and XLA otherwise. With several devices None takes it only inside
-        `jax.shard_map` or `sequence_parallel`.
+        in reverse mode; it runs in interpret mode on a CPU), "mosaic_gpu" (a Pallas kernel for
+        Hopper GPUs: q, k and v in bfloat16, additive writes, no decay or one a head, chunks of 64
+        steps, differentiable once in reverse mode; on a CPU in interpret mode), or None for the
+        kernel on a TPU where it serves the call and XLA otherwise. With several devices None takes
+        it only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
@@ -83,18 +87,24 @@ def linear_attention(
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    if implementation == "mosaic_tpu" and form not in ("auto", "chunk"):
-        raise NotImplementedError(f"the TPU kernel of linear_attention: it has no form {form!r}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation must be None, 'xla' or 'mosaic_tpu', got {implementation!r}"
+            f"implementation must be None, 'xla', 'mosaic_tpu' or 'mosaic_gpu', "
+            f"got {implementation!r}"
         )
+    if implementation in KERNELS and form not in ("auto", "chunk"):
+        raise _refused(implementation, f"it has no form {form!r}")
     kernel = implementation == "mosaic_tpu"
     if implementation is None and tpu.available():
         kernel = form in ("auto", "chunk")
     for name, size in ("chunk_size", chunk_size), ("sub_chunk_size", sub_chunk_size):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+    if implementation == "mosaic_gpu":
+        out, state = _on_gpu(
+            q, k, v, log_decay, beta, scale, initial_state, segment_ids, chunk_size
+        )
+        return (out, state) if return_state else out
     arrays, state = _checked(q, k, v, log_decay, beta, scale, initial_state)
     if segment_ids is not None:
         arrays = apart(segment_ids, *arrays)
@@ -109,7 +119,7 @@ def linear_attention(
         if kernel and not reason:
             return mosaic_tpu.chunked(*arrays, state, chunk_size)
         if kernel and implementation:
-            raise NotImplementedError(f"the TPU kernel of linear_attention: {reason}")
+            raise _refused(implementation, reason)
         return chunked(*arrays, state, chunk_size, sub_chunk_size)
 
     of_steps = jax.tree.map(lambda x: 2, arrays)
@@ -165,6 +175,36 @@ def match_heads(*arrays: jax.Array | None, axis: int = 2) -> list[jax.Array | No
                 f"the {heads} of another"
             )
     return jax.tree.map(lambda x: jnp.repeat(x, heads // x.shape[axis], axis), list(arrays))
+
+
+def _refused(implementation, reason):
+    return NotImplementedError(
+        f"the {KERNELS[implementation]} kernel of linear_attention: {reason}"
+    )
+
+
+def _on_gpu(q, k, v, log_decay, beta, scale, initial_state, segment_ids, chunk_size):
+    """The chunk form by the kernels for GPUs, which read arrays as they are given."""
+    from attn_kernels.recurrence import mosaic_gpu
+
+    checked = functools.partial(_checked, q, k, v, log_decay, beta, scale, initial_state)
+    (_, _, _, gates, strengths), state = jax.eval_shape(checked)
+    if reason := mosaic_gpu.refusal(q, k, v, gates, strengths, state, chunk_size):
+        raise _refused("mosaic_gpu", reason)
+    if devices.current(kernel=True) is not None:
+        raise _refused("mosaic_gpu", "it is not run by the devices of a mesh")
+    if segment_ids is not None:
+        gates = jnp.zeros((1, 1, 1), jnp.float32) if log_decay is None else log_decay
+        q, k, v, gates, _ = apart(segment_ids, q, k, v, gates[..., None], None)
+        log_decay = gates[..., 0]
+    if initial_state is None:
+        initial_state = varying_like(jnp.zeros(state.shape, state.dtype), (q, k, v, log_decay))
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3])
+    if isinstance(scale, jax.Array):  # whose derivative may be wanted
+        out, state = mosaic_gpu.chunked(q, k, v, log_decay, initial_state, 1.0)
+        return (out * scale).astype(v.dtype), state
+    return mosaic_gpu.chunked(q, k, v, log_decay, initial_state, float(scale))
 
 
 def _checked(q, k, v, log_decay, beta, scale, initial_state):

@@ -1,0 +1,162 @@
+import functools
+import importlib.util
+
+import h100
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn_kernels.recurrence import linear_attention
+
+NEW = jax.version.__version_info__ >= (0, 11, 1)
+needs_new_jax = pytest.mark.skipif(
+    not NEW, reason=f"the kernel needs JAX 0.11.1, and so Python 3.12; this is {jax.__version__}"
+)
+GATES = -np.inf, -1e4, -50, -1e-4, 0
+ROUNDING = 2**-7  # of bfloat16, in which products are taken
+
+
+def inputs(decay, length, dim=40, width=24):
+    """Grouped heads and, where there are gates, mixtures of all of them."""
+    rng = np.random.default_rng(length)
+
+    def normal(heads, dim):
+        return jnp.asarray(rng.normal(size=(1, length, heads, dim)), jnp.bfloat16)
+
+    arrays = dict(q=normal(2, dim), k=normal(1, dim), v=normal(2, width))
+    arrays["initial_state"] = jnp.asarray(rng.normal(size=(1, 2, dim, width)), jnp.float32)
+    if decay:
+        gates = rng.choice(GATES, (1, length, 2), p=(0.02, 0.02, 0.02, 0.5, 0.44))
+        arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
+    return arrays
+
+
+def everything(arrays, **options):
+    """Output, last state and the gradients of every argument, with cotangents on both."""
+
+    def weigh(x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
+
+    def loss(arrays):
+        results = linear_attention(**arrays, return_state=True, **options)
+        return weigh(results[0]) + weigh(results[1]), results
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+def check(arrays, **options):
+    """The kernel errs at most twice as much as the recurrence in the same precision."""
+    got = everything(arrays, implementation="mosaic_gpu", **options)
+    base = jax.jit(functools.partial(everything, form="recurrent", **options))(arrays)
+    with jax.enable_x64(True):
+        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
+        exact = jax.jit(functools.partial(everything, form="recurrent", **options))(high)
+    for (path, a), b, c in zip(
+        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
+    ):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        bound = 2 * np.abs(b - c).max() + ROUNDING * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound, path
+
+
+@needs_new_jax
+@pytest.mark.parametrize("decay", [False, True], ids=["plain", "gates"])
+def test_error_budget(decay):
+    """In interpret mode, on lengths that fill no chunk."""
+    check(inputs(decay, 203))
+
+
+@needs_new_jax
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 64, 70])
+@pytest.mark.parametrize("dim, width", [(128, 128), (40, 200), (200, 40), (256, 136)])
+def test_error_budget_of_sizes(length, dim, width):
+    check(inputs(True, length, dim, width))
+
+
+@needs_new_jax
+@pytest.mark.parametrize("decay", [False, True], ids=["plain", "gates"])
+def test_long_sequences_are_cut_into_parts(monkeypatch, decay):
+    from attn_kernels.recurrence import mosaic_gpu
+
+    monkeypatch.setattr(mosaic_gpu, "SHORTEST", 64)
+    monkeypatch.setattr(mosaic_gpu, "PLACES", 4 * 4)
+    given = inputs(decay, 256)
+    arrays = {n: jnp.concatenate([x, x[:, ::-1]]) for n, x in given.items()}
+    problem = mosaic_gpu.Problem(2, 1, 1, 64, 1.0, decay)
+    assert mosaic_gpu._parts(problem, arrays["q"], jnp.zeros((2, 2, 256))) == 4
+    check(arrays)
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    "decay", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gates"]
+)
+def test_segments(decay):
+    ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] + [2] * 70 + [-1] + [0] * 8])
+    check(inputs(decay, ids.size), segment_ids=ids)
+
+
+@needs_new_jax
+def test_scale_has_a_derivative():
+    arrays = inputs(True, 5)
+
+    def loss(scale, **options):
+        return linear_attention(**arrays, scale=scale, **options).astype(jnp.float32).sum()
+
+    got, want = (
+        jax.grad(functools.partial(loss, **options))(jnp.float32(0.3))
+        for options in ({"implementation": "mosaic_gpu"}, {"form": "recurrent"})
+    )
+    np.testing.assert_allclose(got, want, rtol=4 * ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(beta=jnp.ones((1, 7, 2))), "delta rule"),
+        (dict(log_decay=jnp.zeros((1, 7, 2, 40))), "decay per channel"),
+        (dict(v=jnp.ones((1, 7, 2, 24))), "bfloat16"),
+        (dict(chunk_size=32), "chunk_size"),
+        (dict(form="parallel"), "form"),
+    ],
+    ids=["delta", "channel", "dtype", "chunk", "form"],
+)
+def test_refusals(change, match):
+    call = {**inputs(True, 7), "implementation": "mosaic_gpu", **change}
+    with pytest.raises(NotImplementedError, match=match if NEW or "form" in change else "JAX"):
+        linear_attention(**call)
+
+
+@needs_new_jax
+@pytest.mark.parametrize(
+    "dim, width",
+    [(128, 128), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((64, 64), (256, 136)))],
+)
+def test_compiles_for_an_h100(monkeypatch, dim, width):
+    """With its gradient; the compiler's report of registers and spills is printed."""
+    for plugin in "jax_cuda13_plugin", "jax_plugins.xla_cuda13":
+        if importlib.util.find_spec(plugin.split(".")[0]) is None:
+            pytest.skip(f"the wheel of {plugin} is not installed")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    sharding = jax.sharding.SingleDeviceSharding(h100.device())
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((2, 1003, *shape), dtype, sharding=sharding)
+
+    arrays = dict(q=array(4, dim), k=array(2, dim), v=array(4, width))
+    arrays["log_decay"] = array(4, dtype=jnp.float32)
+
+    @jax.jit
+    def gradient(arrays):
+        def loss(arrays):
+            call = functools.partial(linear_attention, implementation="mosaic_gpu")
+            out, state = call(**arrays, return_state=True)
+            return (out.astype(jnp.float32) ** 2).sum() + (state**2).sum()
+
+        return jax.grad(loss)(arrays)
+
+    gradient.trace(arrays).lower(lowering_platforms=("cuda",)).compile()
