@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from attn_lab.training import make_mesh
@@ -259,7 +259,7 @@ def test_products_in_loops_are_counted():
 
 
 def test_products_of_every_device_are_counted_once():
-    mesh = AbstractMesh((2, 4), ("data", "seq"))
+    mesh = AbstractMesh((2, 4), ("data", "seq"), axis_types=(AxisType.Auto,) * 2)
 
     def f(x, w):
         split = P("seq"), P()
