@@ -1,25 +1,29 @@
 """How long mechanisms take: `python -m experiments.benchmark --family attention`.
 
-Every case (mechanism, implementation, length, pass) is timed against the limit of the device, which
-is measured in the same run: a large matrix product and a large copy. The workdir receives
-`cases.jsonl`, a line a case as it is done, `benchmark.json` and `benchmark.png`. The same command
-continues a run that was interrupted. Presets are in `experiments/configs/benchmark.py`.
+Every case (mechanism, implementation, sizes, pass) is timed against the limit of the device, which
+is measured in the same run: a large matrix product and a large copy. A mechanism is a row of the
+catalogue, or one of `experiments/programs.py`. The workdir receives `cases.jsonl`, a line a case as
+it is done, `benchmark.json` and `benchmark.png`. The same command continues a run that was
+interrupted. Presets are in `experiments/configs/benchmark.py`.
 
 FLOPs are those of the pairs that the mask allows, bytes those of inputs and outputs alone, and the
-fraction of the limit is the least time that the device needs for either, over the time it took. How
-times grow with length, and from which length on a mechanism is faster than `config.baseline`, is
-printed last.
+fraction of the limit is the least time that the device needs for either, over the time it took.
+Printed last is, of mechanisms, how times grow with length and from which length on they are faster
+than `config.baseline`; of programs, how fast they are beside other implementations, and how near to
+the rate of their plain program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +40,18 @@ from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
 from experiments import peers
 from experiments.growth import SERIES, growth
+from experiments.programs import PROGRAMS, Program, program
+from experiments.ratios import ratios
 
 PASSES = "forward", "forward_backward"
 CUDNN = "cudnn"
 COLUMNS = (
-    ("mechanism", "mechanism", "<28", None),
+    ("mechanism", "mechanism", "<33", None),
     ("implementation", "implementation", "<14", None),
     ("pass", "pass", "<16", None),
     ("length", "length", ">7", 1),
+    ("batch", "batch", ">5", 1),
+    ("head_dim", "dim", ">4", 1),
     ("milliseconds", "min, ms", ">10.3f", 1),
     ("median_milliseconds", "median, ms", ">10.3f", 1),
     ("flops", "GFLOP", ">10.3f", 1e9),
@@ -56,25 +64,51 @@ COLUMNS = (
 )
 
 
-def sizes_of(config: ConfigDict, row: Mechanism, length: int) -> Sizes:
-    """The sizes of a case."""
-    sizes = Sizes(
-        B=config.batch,
-        T=length,
-        S=length,
-        H=config.heads,
-        K=config.kv_heads,
-        D=config.head_dim,
-        V=config.head_dim,
-    )
-    return row.fit(sizes)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+      row: the mechanism.
+      sizes: its sizes.
+      implementation: its name.
+      call: a function of arrays and `causal`, or the name of a peer.
+      kind: the pass.
+    """
+
+    row: Mechanism
+    sizes: Sizes
+    implementation: str
+    call: Any
+    kind: str
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What identifies the case in a row of results."""
+        sizes = {"length": self.sizes.T, "batch": self.sizes.B, "heads": self.sizes.H}
+        names = {"mechanism": self.row.name, "implementation": self.implementation}
+        return names | {"pass": self.kind} | sizes | {"head_dim": self.sizes.D}
+
+    @property
+    def of_peer(self) -> bool:
+        return isinstance(self.call, str)
+
+    @property
+    def backward(self) -> bool:
+        return self.kind != PASSES[0]
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The arguments of which no gradients are taken."""
+        return self.row.constants if isinstance(self.row, Program) else ()
 
 
 def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Any]:
     """The row's implementations by name: functions of arrays and `causal`, or the name of a peer.
 
-    Plain softmax attention also has "cudnn" on a GPU, in half precision, and recurrences have the
-    library of `peers` where it is installed.
+    On a GPU and in half precision plain softmax attention also has "cudnn", and so have the
+    programs that it can compute. Recurrences and programs have the libraries of `peers` where these
+    are installed.
     """
     found = {}
     for variant in row.variants:
@@ -85,60 +119,72 @@ def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Any]:
 
         found[name] = call
     half = jnp.dtype(config.dtype).itemsize == 2
-    if row.name == "dot_product_attention" and jax.default_backend() == "gpu" and half:
+    part = row.fixed if isinstance(row, Program) else None
+    if jax.default_backend() == "gpu" and half and (part or row.name == "dot_product_attention"):
 
         def fixed(arrays, causal):
-            part = dict(is_causal=causal, implementation=CUDNN)
-            return jax.nn.dot_product_attention(*(arrays[n] for n in "qkv"), **part)
+            more = part(arrays) if part else dict(is_causal=causal)
+            qkv = (arrays[n] for n in "qkv")
+            return jax.nn.dot_product_attention(*qkv, implementation=CUDNN, **more)
 
         found[CUDNN] = fixed
-    if peers.has_peer(row):
-        found[peers.NAME] = peers.NAME
+    if peer := peers.peer_of(row):
+        found[peer] = peer
     return found
 
 
-def cases(config: ConfigDict) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """What identifies every case, and the function that measures it.
+def groups(config: ConfigDict) -> list[list[Case]]:
+    """The cases of a config, those together that have their sizes in common.
 
     Raises:
       ValueError: a mechanism, an implementation or a pass is unknown.
     """
-    if not config.mechanisms and config.family not in config.families:
+    if not (config.groups or config.mechanisms) and config.family not in config.families:
         known = ", ".join(config.families)
         raise ValueError(f"family must be one of {known}; got {config.family!r}")
-    names = config.mechanisms or config.families[config.family]
-    rows = [find(name) for name in names.split(",")]
-    wanted = [name for name in config.implementations.split(",") if name]
-    own = {row.name: implementations(row, config) for row in rows}
-    known = sorted({name for calls in own.values() for name in calls})
-    for name in wanted:
-        if name not in known:
-            needs = {
-                CUDNN: "; it needs a GPU, 16 bits and dot_product_attention",
-                peers.NAME: "; it needs a GPU, PyTorch, fla-core and a recurrence that it has",
-            }
-            raise ValueError(
-                f"implementation {name!r} is not there; choose of {', '.join(known)}"
-                + needs.get(name, "")
-            )
     for name in config.passes:
         if name not in PASSES:
             raise ValueError(f"passes must be of {', '.join(PASSES)}, got {name!r}")
-    for name in ("lengths", "passes"):
+    for name in ("passes",) if config.groups else ("lengths", "passes"):
         if not config[name]:
             raise ValueError(f"{name} must have at least one entry, got none")
-    for length in config.lengths:
-        for row in rows:
-            for name, call in own[row.name].items():
-                for kind in config.passes:
-                    case = {
-                        "mechanism": row.name,
-                        "implementation": name,
-                        "pass": kind,
-                        "length": length,
-                    }
-                    if not wanted or name in wanted:
-                        yield case, lambda a=(row, call, kind, length): measure(config, *a)
+    known, missing, found = set(), {}, []
+    for group in config.groups or [{"length": length} for length in config.lengths]:
+        part = ConfigDict(as_dict(config) | group)
+        found.append([])
+        own = []
+        for name in (part.mechanisms or part.families[part.family]).split(","):
+            in_programs = name.split("-")[0] in PROGRAMS
+            row = program(name, part.length) if in_programs else find(name)
+            own.append((row, implementations(row, part)))
+        known |= {name for _, calls in own for name in calls}
+        wanted = [name for name in part.implementations.split(",") if name]
+        missing |= dict.fromkeys(wanted)
+        for row, calls in own:
+            sizes = Sizes(
+                B=part.batch,
+                T=part.length,
+                S=part.length,
+                H=part.heads,
+                K=part.kv_heads,
+                D=part.head_dim,
+                V=part.head_dim,
+            )
+            for name, call in calls.items():
+                for kind in part.passes if not wanted or name in wanted else ():
+                    found[-1].append(Case(row, row.fit(sizes), name, call, kind))
+    for name in missing:
+        if name not in known:
+            needs = {
+                CUDNN: "; it needs a GPU, 16 bits and dot_product_attention",
+                peers.FLA: "; it needs a GPU, PyTorch, fla-core and a recurrence that it has",
+                peers.FLEX: "; it needs a GPU, PyTorch and a program that it has",
+            }
+            raise ValueError(
+                f"implementation {name!r} is not there; choose of {', '.join(sorted(known))}"
+                + needs.get(name, "")
+            )
+    return found
 
 
 def flops_of(row: Mechanism, sizes: Sizes, causal: bool) -> float:
@@ -154,56 +200,115 @@ def flops_of(row: Mechanism, sizes: Sizes, causal: bool) -> float:
     return whole - (1 - share) * of_pairs
 
 
-def measure(
-    config: ConfigDict, row: Mechanism, call: Any, kind: str, length: int
-) -> dict[str, Any]:
-    """Time, memory and rates of a case.
+def pattern(config: ConfigDict, row: Mechanism) -> bool:
+    """Whether a row is timed in its causal form."""
+    return config.causal if config.causal in row.causal else row.causal[0]
 
-    `error` and `reason` where it does not fit into memory, or where a peer refuses the call.
-    """
-    sizes = sizes_of(config, row, length)
-    dtype = jnp.dtype(config.dtype)
-    causal = config.causal if config.causal in row.causal else row.causal[0]
+
+def example(config: ConfigDict, case: Case) -> dict[str, jax.Array]:
+    """Random arguments of a case."""
+    return case.row.example(case.sizes, jax.random.key(0), jnp.dtype(config.dtype))
+
+
+def compiled(config: ConfigDict, case: Case) -> Any:
+    """The program of a case, or why there is none."""
+    causal = pattern(config, case.row)
 
     def forward(arrays):
-        return call(arrays, causal)
+        return case.call(arrays, causal)
 
     def both(arrays):
-        out, pullback = jax.vjp(forward, arrays)
+        moving = {name: x for name, x in arrays.items() if name not in case.constants}
+        out, pullback = jax.vjp(lambda moving: forward(arrays | moving), moving)
         return out, pullback(out)
 
-    backward = kind == "forward_backward"
+    arrays = jax.eval_shape(functools.partial(example, config, case))
+    try:
+        return jax.jit(both if case.backward else forward).lower(arrays).compile()
+    except (RuntimeError, ValueError) as error:
+        return failure(error)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What is recorded of a case that has no time."""
+    text = str(error)
+    full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    reason = text.strip().split("\n")[0][:300]
+    return {"error": "out of memory" if full else "refused", "reason": reason}
+
+
+def work_of(config: ConfigDict, case: Case) -> dict[str, float]:
+    """FLOPs and bytes of a forward pass."""
+    flops = flops_of(case.row, case.sizes, pattern(config, case.row))
+    return {"flops": flops, "bytes": case.row.bytes(case.sizes, config.dtype)}
+
+
+def measure(config: ConfigDict, case: Case, program: Any) -> dict[str, Any]:
+    """Time and memory of a case.
+
+    Args:
+      config: of the benchmark.
+      case: what to time.
+      program: from `compiled`; of a peer a forward pass of ours to compare it with, or None.
+
+    Returns:
+      `error` and `reason` where it does not fit into memory or is refused.
+    """
+    if isinstance(program, dict):
+        return program
     memory = {}
     try:
-        arrays = row.example(sizes, jax.random.key(0), dtype)
-        if call == peers.NAME:
-            timed, memory = peers.prepare(row, arrays, backward)
+        arrays = example(config, case)
+        if case.of_peer:
+            timed, memory = peers.prepare(case.row, arrays, case.backward, case.constants, program)
             seconds = timings(timed, config.repeats)
         else:
-            compiled = jax.jit(both if backward else forward).lower(arrays).compile()
-            temporary = compiled.memory_analysis().temp_size_in_bytes
+            temporary = program.memory_analysis().temp_size_in_bytes
             memory["temporary_megabytes"] = temporary / 1e6
             free = free_bytes()
             if temporary > free:
                 reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
                 return {"error": "out of memory", "reason": reason, **memory}
-            seconds = timings(lambda: compiled(arrays), config.repeats)
+            seconds = timings(lambda: program(arrays), config.repeats)
     except RuntimeError as error:
-        reason = {"reason": str(error).split("\n")[0][:300], **memory}
-        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
-            return {"error": "out of memory", **reason}
-        if call == peers.NAME:
-            return {"error": "refused", **reason}
-        raise
-    # A backward pass computes scores again and has four products more: 5 beside the 2 of forward.
-    flops = flops_of(row, sizes, causal) * (3.5 if backward else 1)
+        found = failure(error)
+        if found["error"] == "refused" and not case.of_peer:
+            raise
+        return found | memory
     return {
         "milliseconds": 1e3 * min(seconds),
         "median_milliseconds": 1e3 * statistics.median(seconds),
         **memory,
-        "flops": flops,
-        "bytes": row.bytes(sizes, dtype) * (2 if backward else 1),
     }
+
+
+def results(config: ConfigDict, cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """Compiles all cases and times them one by one, as measured rows."""
+    own = [case for case in cases if not case.of_peer]
+    one_of = {case.row.name: case for case in cases}
+    # Compilation beside them would disturb the times.
+    with ThreadPoolExecutor(config.threads) as pool:
+        work = pool.map(functools.partial(work_of, config), one_of.values())
+        programs = list(pool.map(functools.partial(compiled, config), own))
+        work = dict(zip(one_of, work))
+    forward = {c.row.name: p for c, p in zip(own, programs) if not c.backward}
+    programs = iter(programs)
+    for case in cases:
+        if case.of_peer:
+            program = forward.get(case.row.name)
+            program = None if isinstance(program, dict) else program
+        else:
+            program = next(programs)
+        row = case.key | measure(config, case, program)
+        if isinstance(case.row, Program):
+            row["plain"] = case.row.plain
+        if "error" not in row:
+            # A backward pass computes scores again and has four products more: 5 beside the 2 of
+            # forward.
+            flops, moved = work[case.row.name].values()
+            row["flops"] = flops * (3.5 if case.backward else 1)
+            row["bytes"] = moved * (2 if case.backward else 1)
+        yield row
 
 
 def with_rates(row: dict[str, Any], limit: Mapping[str, float]) -> dict[str, Any]:
@@ -251,7 +356,8 @@ def free_bytes() -> int:
 def limits(dtype: str, repeats: int) -> dict[str, float]:
     """FLOP/s of a large matrix product and bytes/s of a large copy on this device."""
     size, count = (8192, 2**29) if jax.default_backend() == "gpu" else (1024, 2**26)
-    x = jnp.ones((size, size), dtype)
+    # Products of equal numbers take less power, and so are faster, than those of data.
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     y = jnp.ones(count // jnp.dtype(dtype).itemsize, dtype)
     product, copy = jax.jit(jnp.dot), jax.jit(lambda y: y + 1)
     return {
@@ -271,7 +377,7 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       ValueError: a mechanism, an implementation or a pass is unknown, or the workdir holds cases of
         another config or device; then nothing on disk has changed.
     """
-    todo = list(cases(config))
+    todo = groups(config)
     device = jax.devices()[0].device_kind
     workdir = claim_workdir(workdir, as_dict(config) | {"device": device})
     path = workdir / "cases.jsonl"
@@ -283,6 +389,11 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def add(row):
+        rows.append(row)
+        keep(row)
+        print(line_of(row), flush=True)
+
     if whole:
         limit, *rows = (json.loads(line) for line in whole)
     else:
@@ -291,18 +402,22 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     print("  ".join(f"{name:{form.split('.')[0]}}" for _, name, form, _ in COLUMNS).rstrip())
     for row in rows:
         print(line_of(row))
-    for case, measured in todo:
-        if any(case.items() <= row.items() for row in rows):
-            continue
-        same = [row for row in rows if all(row[name] == case[name] for name in SERIES)]
-        slowest = max((row.get("milliseconds", 0) for row in same), default=0)
-        if slowest > 1e3 * config.patience:
-            reason = f"{slowest / 1e3:.1f} s at a smaller length, above patience={config.patience}"
-            rows.append(case | {"error": "too slow", "reason": reason})
-        else:
-            rows.append(with_rates(case | measured(), limit))
-        keep(rows[-1])
-        print(line_of(rows[-1]), flush=True)
+    for group in todo:
+        left = []
+        for case in group:
+            if any(case.key.items() <= row.items() for row in rows):
+                continue
+            same = [row for row in rows if all(row[name] == case.key[name] for name in SERIES)]
+            slowest = max((row.get("milliseconds", 0) for row in same), default=0)
+            if slowest > 1e3 * config.patience:
+                reason = (
+                    f"{slowest / 1e3:.1f} s at a smaller length, above patience={config.patience}"
+                )
+                add(case.key | {"error": "too slow", "reason": reason})
+            else:
+                left.append(case)
+        for row in results(config, left):
+            add(with_rates(row, limit))
     result = {
         "device": device,
         "versions": {
@@ -315,12 +430,15 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "limits": limit,
         "config": as_dict(config),
         "rows": rows,
-        "growth": growth(rows, config.baseline),
     }
-    for entry in result["growth"]:
-        print(growth_line(entry))
+    if config.groups:
+        result["ratios"] = ratios(rows)
+        print("\n".join(map(ratio_line, result["ratios"])))
+    else:
+        result["growth"] = growth(rows, config.baseline)
+        print("\n".join(map(growth_line, result["growth"])))
     (workdir / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, workdir / "benchmark.png")
+    (plot_rates if config.groups else plot)(rows, workdir / "benchmark.png")
     return result
 
 
@@ -346,6 +464,15 @@ def growth_line(entry: Mapping[str, Any]) -> str:
         said += "; never" if length is None else f"; from length {length:,.0f} on"
         said += " faster than the baseline"
     return said
+
+
+def ratio_line(entry: Mapping[str, Any]) -> str:
+    """A sentence on how fast a program is beside others."""
+    said = "{mechanism} {implementation} {pass}, {length:,} x {head_dim}:".format(**entry)
+    parts = [f"{x:.2f} times as fast as {name}" for name, x in entry["times_faster"].items()]
+    if entry["of_plain"]:
+        parts.append(f"{entry['of_plain']:.3f} of its plain program's rate")
+    return f"{said} {', '.join(parts)}"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -384,6 +511,39 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ax.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_rates(rows: list[dict[str, Any]], path: Path) -> None:
+    """TFLOP/s of every program and shape, a bar for every implementation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in rows)]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    places = "mechanism", "length", "head_dim", "batch", "heads"
+    places = list(dict.fromkeys(tuple(row[name] for name in places) for row in rows))
+    figure = Figure(figsize=(3 + 4.5 * len(kinds), 1.5 + 0.42 * len(places)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for ax, kind in zip(axes, kinds):
+        for n, name in enumerate(names):
+            found = {
+                (row["mechanism"], row["length"], row["head_dim"], row["batch"], row["heads"]): row
+                for row in rows
+                if (row["implementation"], row["pass"]) == (name, kind)
+            }
+            values = [found.get(p, {}).get("teraflops_per_second", 0) for p in places]
+            at = [i + (n - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(places))]
+            ax.barh(at, values, height=0.8 / len(names), label=name)
+        ax.set(title=kind.replace("_", " + "), xlabel="TFLOP/s of the pairs that the mask allows")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="x", alpha=0.25)
+    labels = [f"{p[0].replace('_', ' ')}, {p[1]:,} x {p[2]}" for p in places]
+    axes[0].set_yticks(range(len(places)), labels)
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=120)
 
 

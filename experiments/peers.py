@@ -1,20 +1,25 @@
-"""Another library's version of a mechanism, to be timed beside ours: flash-linear-attention.
+"""Mechanisms as other libraries have them, to be timed beside ours.
 
-It needs a GPU, and PyTorch and `fla-core` beside JAX; nothing here is imported before it is used.
+Flash-linear-attention and FlexAttention need a GPU, PyTorch and `fla-core` beside JAX; none is
+imported before it is used.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from attn_lab.catalogue import Mechanism
+from experiments.programs import BUCKETS, PROGRAMS, Program
 
-NAME = "fla"
+FLA, FLEX = "fla", "flex"
+BLOCK = 128  # of FlexAttention's block map
 # of a row: the module of fla.ops, its function, and its names for our arguments
 FUNCTIONS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "linear_attention": ("linear_attn", "chunk_linear_attn", {}),
@@ -23,47 +28,180 @@ FUNCTIONS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "delta_rule": ("delta_rule", "chunk_delta_rule", {}),
     "gated_delta_rule": ("gated_delta_rule", "chunk_gated_delta_rule", {"log_decay": "g"}),
 }
+NORMALIZED_BY_SOFTMAX = set(PROGRAMS) - {"sigmoid"}
 
 
-def has_peer(row: Mechanism) -> bool:
-    """Whether the library has the mechanism, and both it and a GPU are there."""
-    there = jax.default_backend() == "gpu" and importlib.util.find_spec("fla") is not None
-    return there and row.name in FUNCTIONS
+def peer_of(row: Mechanism) -> str | None:
+    """The library that has the mechanism, if both it and a GPU are there."""
+    if jax.default_backend() != "gpu":
+        return None
+    if isinstance(row, Program):
+        there = row.kind in NORMALIZED_BY_SOFTMAX and importlib.util.find_spec("torch")
+        return FLEX if there else None
+    return FLA if row.name in FUNCTIONS and importlib.util.find_spec("fla") else None
+
+
+def linear(row: Mechanism, tensors: Mapping[str, Any]) -> Callable[[], Any]:
+    """A row by flash-linear-attention, as a function that gives `[B, T, H, D]`."""
+    import torch
+
+    module, name, names = FUNCTIONS[row.name]
+    function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+
+    def call():
+        given = {names.get(name, name): x for name, x in tensors.items()}
+        if row.name != "linear_attention":
+            return function(**given)[0]
+        given |= {n: torch.nn.functional.elu(given[n]) + 1 for n in "qk"}
+        return function(**given, scale=1.0, normalize=True)[0]
+
+    return call
+
+
+def flex(row: Program, tensors: Mapping[str, Any]) -> Callable[[], Any]:
+    """A program by FlexAttention, as a function that gives `[B, T, H, D]`, not yet compiled."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    length, device = tensors["q"].shape[1], tensors["q"].device
+    given = {}
+    if row.kind in FLEX_SCORES:
+        given["score_mod"] = FLEX_SCORES[row.kind](torch, tensors, row)
+    if mask := row.settings["mask"]:
+        kinds = np.asarray(mask.block_map(length, length, BLOCK, BLOCK))
+        lists = []
+        for kind in 1, 2:  # of partial tiles and of full ones
+            own = kinds.reshape(1, 1, *kinds.shape[-2:]) == kind
+            order = np.argsort(~own, -1, kind="stable")
+            lists += [
+                torch.tensor(x, dtype=torch.int32, device=device) for x in (own.sum(-1), order)
+            ]
+        allowed = FLEX_MASKS.get(row.kind, _causal)(torch, row, length)
+        given["block_mask"] = BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
+        )
+    sinks = tensors.get("sinks")
+
+    def call():
+        q, k, v = (tensors[name].transpose(1, 2) for name in "qkv")
+        if sinks is None:
+            return flex_attention(q, k, v, **given).transpose(1, 2)
+        out, lse = flex_attention(q, k, v, **given, return_lse=True)
+        out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _causal(torch, row, length):
+    return lambda b, h, q, k: q >= k
+
+
+def _window(torch, row, length):
+    ((width,),) = row.numbers
+    return lambda b, h, q, k: (q >= k) & (q - k < width)
+
+
+def _segments(torch, row, length):
+    size = -(-length // row.numbers[0][0])
+    return lambda b, h, q, k: (q >= k) & (q // size == k // size)
+
+
+def _neighborhood(torch, row, length):
+    shape, kernel, tile = row.numbers
+    counts = [n // size for n, size in zip(shape, tile)]
+    axes = [
+        (
+            n,
+            w,
+            math.prod(tile) * math.prod(counts[x + 1 :]),
+            counts[x],
+            size,
+            math.prod(tile[x + 1 :]),
+        )
+        for x, (n, w, size) in enumerate(zip(shape, kernel, tile))
+    ]
+
+    def allowed(b, h, q, k):
+        near = q >= 0
+        for n, w, outer, count, size, inner in axes:
+            i, j = (x // outer % count * size + x // inner % size for x in (q, k))
+            start = torch.clamp(i - w // 2, 0, n - w)
+            near = near & (j >= start) & (j < start + w)
+        return near
+
+    return allowed
+
+
+def _soft_cap(torch, tensors, row):
+    ((limit,),) = row.numbers
+    return lambda score, b, h, q, k: limit * torch.tanh(score / limit)
+
+
+def _alibi(torch, tensors, row):
+    slopes = tensors["slopes"]
+    return lambda score, b, h, q, k: score + slopes[h] * (q - k)
+
+
+def _bias(torch, tensors, row):
+    bias = tensors["bias"]
+    return lambda score, b, h, q, k: score + bias[h, q, k]
+
+
+def _t5_table(torch, tensors, row):
+    table, near = tensors["table"], BUCKETS // 2
+    step = near / math.log(128 / near)
+
+    def shifted(score, b, h, q, k):
+        distance = torch.clamp(q - k, min=0)
+        grown = torch.log(torch.clamp(distance, min=1) / near) * step
+        far = torch.clamp(near + grown.to(torch.int32), max=BUCKETS - 1)
+        return score + table[torch.where(distance < near, distance, far), h]
+
+    return shifted
+
+
+FLEX_MASKS = {"window": _window, "segments": _segments, "neighborhood": _neighborhood}
+FLEX_SCORES = {"soft_cap": _soft_cap, "alibi": _alibi, "bias": _bias, "t5_table": _t5_table}
 
 
 class Call:
     """The peer of a row on example arrays: a function without arguments, for a clock to wait on.
 
     Args:
-      row: the mechanism, of which there `has_peer`.
+      row: the mechanism, which has a `peer_of`.
       arrays: the arguments, which stay where they are on the device.
-      backward: whether a call also computes the gradients of all arguments.
+      backward: whether a call also computes the gradients of the arguments.
+      constants: arguments of which it does not.
     """
 
-    def __init__(self, row: Mechanism, arrays: Mapping[str, jax.Array], backward: bool):
+    def __init__(
+        self,
+        row: Mechanism,
+        arrays: Mapping[str, jax.Array],
+        backward: bool,
+        constants: tuple[str, ...] = (),
+    ):
         import torch
 
-        module, name, names = FUNCTIONS[row.name]
         self.torch, self.backward = torch, backward
-        self.function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
-        self.tensors = {}
-        for argument, x in arrays.items():
-            tensor = torch.from_dlpack(x).detach()
-            self.tensors[names.get(argument, argument)] = tensor.requires_grad_(backward)
-        self.keywords = {}
-        if row.name == "linear_attention":
-            self.keywords = {"scale": 1.0, "normalize": True}
+        tensors = {name: torch.from_dlpack(x).detach() for name, x in arrays.items()}
+        self.moving = [x for name, x in tensors.items() if name not in constants]
+        for x in self.moving:
+            x.requires_grad_(backward)
+        if isinstance(row, Program):
+            # Another program's code would count as compiled again, of which there is a limit.
+            torch._dynamo.reset()
+            self.function = torch.compile(flex(row, tensors), dynamic=False)
+        else:
+            self.function = linear(row, tensors)
 
     def __call__(self) -> Call:
         """Starts the work; wait for the result by `block_until_ready`."""
-        torch = self.torch
-        tensors = dict(self.tensors)
-        if "normalize" in self.keywords:
-            tensors |= {n: torch.nn.functional.elu(tensors[n]) + 1 for n in "qk"}
-        with torch.set_grad_enabled(self.backward):
-            self.out = self.function(**tensors, **self.keywords)[0]
+        with self.torch.set_grad_enabled(self.backward):
+            self.out = self.function()
             if self.backward:
-                torch.autograd.grad(self.out, list(self.tensors.values()), self.out)
+                self.torch.autograd.grad(self.out, self.moving, self.out)
         return self
 
     def block_until_ready(self) -> Call:
@@ -72,27 +210,42 @@ class Call:
 
     def temporary_bytes(self) -> int:
         """The most that a call holds beyond its arguments."""
-        self.torch.cuda.synchronize()
+        self().block_until_ready()  # compiles
+        self.out = None
         self.torch.cuda.reset_peak_memory_stats()
         before = self.torch.cuda.memory_allocated()
         self().block_until_ready()
         return self.torch.cuda.max_memory_allocated() - before
 
-    def difference(self, ours: Callable[[], jax.Array]) -> float:
+    def difference(self, ours: jax.Array) -> float:
         """The largest difference of the outputs, over the largest entry of ours."""
-        want = self.torch.from_dlpack(ours()).float()
+        want = self.torch.from_dlpack(ours).float()
         self().block_until_ready()
         return float((self.out.float() - want).abs().max() / want.abs().max())
 
 
 def prepare(
-    row: Mechanism, arrays: Mapping[str, jax.Array], backward: bool
+    row: Mechanism,
+    arrays: Mapping[str, jax.Array],
+    backward: bool,
+    constants: tuple[str, ...] = (),
+    ours: Callable[[Mapping[str, jax.Array]], jax.Array] | None = None,
 ) -> tuple[Call, dict[str, Any]]:
-    """The peer's call, and what is to be recorded of it beside its time."""
-    call = Call(row, arrays, backward)
-    found = {"temporary_megabytes": call.temporary_bytes() / 1e6}
-    if not backward:
-        found["difference"] = call.difference(
-            lambda: jax.jit(lambda a: row.call(a, causal=True))(arrays)
-        )
+    """The peer's call, compiled, and what is to be recorded of it beside its time.
+
+    Args:
+      row, arrays, backward, constants: as of `Call`.
+      ours: a forward pass to compare it with.
+
+    Raises:
+      RuntimeError: the library refuses the call.
+    """
+    try:
+        call = Call(row, arrays, backward, constants)
+        call.torch.cuda.empty_cache()
+        found = {"temporary_megabytes": call.temporary_bytes() / 1e6}
+        if ours is not None and not backward:
+            found["difference"] = call.difference(ours(arrays))
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     return call, found

@@ -11,13 +11,35 @@
 - recurrence_h100: five recurrences in chunks at length 8192 in bfloat16, batch 8, 16 heads of 128,
   against flash-linear-attention, which must be installed (`fla-core`, PyTorch). 10 minutes on one
   H100, most of them its tuning.
+- attention_h100: the kernel for Hopper GPUs at 32,768 tokens of 16 heads in bfloat16. Plain softmax
+  beside cuDNN at lengths 4096 to 32,768 and head dimensions 64 to 256; at 8192 x 128 a soft cap,
+  ALiBi, T5's table, a bias, sigmoid weights, sinks and segments beside PyTorch's FlexAttention,
+  which must be installed; a causal window of 1024 at length 32,768.
+- neighborhood_h100: neighbourhoods of 64 x 64 and 13 x 13 on a grid of 256 x 256 tokens, and of
+  18 x 24 x 24 on 30 x 48 x 80, in tiles of 128, beside dense attention and FlexAttention.
+
+The rows of the last two are programs of `experiments/programs.py` in `config.groups`; they print
+ratios in place of growth.
 
 `--family=recurrence` takes the recurrences of the preset, by their forms. `--config.mechanisms=a,b`
 takes rows of the catalogue instead, whatever the family, and `--config.implementations=xla` some
 implementations alone.
 """
 
+import math
+
 from ml_collections import ConfigDict
+
+TOKENS = 2**15
+KERNELS = dict(
+    implementations="mosaic_gpu,cudnn,flex",
+    heads=16,
+    kv_heads=16,
+    head_dim=128,
+    dtype="bfloat16",
+    repeats=5,
+    threads=12,
+)
 
 
 def get_config(preset: str = "quick") -> ConfigDict:
@@ -41,6 +63,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             },
             "baseline": "dot_product_attention",
             "mechanisms": "",
+            "groups": (),
             "implementations": "",
             "lengths": (512, 1024, 2048),
             "batch": 1,
@@ -52,6 +75,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "passes": ("forward", "forward_backward"),
             "repeats": 3,
             "patience": 60.0,
+            "threads": 1,
         }
     )
     if preset == "recurrence":
@@ -85,8 +109,36 @@ def get_config(preset: str = "quick") -> ConfigDict:
             dtype="bfloat16",
             repeats=5,
         )
+    elif preset == "attention_h100":
+        plain = [
+            {
+                "mechanisms": "full,causal",
+                "implementations": "mosaic_gpu,cudnn",
+                "length": length,
+                "batch": TOKENS // length,
+                "head_dim": dim,
+            }
+            for dim in (64, 128, 256)
+            for length in (4096, 8192, 16384, 32768)
+        ]
+        modified = {
+            "mechanisms": "causal,soft_cap-30,alibi,t5_table,bias,sigmoid,sinks,segments-8",
+            "length": 8192,
+            "batch": TOKENS // 8192,
+        }
+        window = {"mechanisms": "full,window-1024", "length": TOKENS, "batch": 1}
+        config.update(groups=(*plain, modified, window), **KERNELS)
+    elif preset == "neighborhood_h100":
+        grids = {
+            (256, 256): ("neighborhood-256x256-64x64-8x16", "neighborhood-256x256-13x13-8x16"),
+            (30, 48, 80): ("neighborhood-30x48x80-18x24x24-2x8x8",),
+        }
+        groups = [
+            {"mechanisms": ",".join(("full", *names)), "length": math.prod(shape), "batch": 1}
+            for shape, names in grids.items()
+        ]
+        config.update(groups=tuple(groups), **KERNELS)
     elif preset != "quick":
-        raise ValueError(
-            f"preset must be quick, recurrence, recurrence_h100 or h100, got {preset!r}"
-        )
+        known = "quick, recurrence, recurrence_h100, h100, attention_h100 or neighborhood_h100"
+        raise ValueError(f"preset must be {known}, got {preset!r}")
     return config
