@@ -111,23 +111,18 @@ def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Any]:
     are installed.
     """
     found = {}
-    for variant in row.variants:
+    variants = row.variants
+    half = jnp.dtype(config.dtype).itemsize == 2
+    fixed = row.fixed if isinstance(row, Program) else row.name == "dot_product_attention"
+    if fixed and half and jax.default_backend() == "gpu":
+        variants = *variants, {"implementation": CUDNN}
+    for variant in variants:
         name = next(iter(variant.values()), row.function.__name__)
 
         def call(arrays, causal, variant=variant):
             return row.call(arrays, causal=causal, **variant)
 
         found[name] = call
-    half = jnp.dtype(config.dtype).itemsize == 2
-    part = row.fixed if isinstance(row, Program) else None
-    if jax.default_backend() == "gpu" and half and (part or row.name == "dot_product_attention"):
-
-        def fixed(arrays, causal):
-            more = part(arrays) if part else dict(is_causal=causal)
-            qkv = (arrays[n] for n in "qkv")
-            return jax.nn.dot_product_attention(*qkv, implementation=CUDNN, **more)
-
-        found[CUDNN] = fixed
     if peer := peers.peer_of(row):
         found[peer] = peer
     return found

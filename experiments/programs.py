@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from attn_kernels.attention import ScoreMod, attention, operand, sigmoid, softmax_with_sink
@@ -31,14 +30,13 @@ class Program(Mechanism):
       numbers: of its name.
       plain: the program of unmodified scores to whose rate its own is compared.
       constants: arguments of which no gradients are taken.
-      fixed: from example arrays, the arguments with which `jax.nn.dot_product_attention` computes
-        the same; None if there are none.
+      fixed: whether a fixed kernel can compute it.
     """
 
     numbers: tuple[tuple[int, ...], ...] = ()
     plain: str = "causal"
     constants: tuple[str, ...] = ()
-    fixed: Callable[[Mapping[str, jax.Array]], dict[str, Any]] | None = None
+    fixed: bool = False
 
     @property
     def kind(self) -> str:
@@ -90,17 +88,16 @@ def _bucketed(score, b, h, q_index, k_index, *table):
 
 
 def _full(length):
-    return dict(plain="", fixed=lambda a: {})
+    return dict(plain="", fixed=True)
 
 
 def _causal(length):
-    return dict(plain="full", fixed=lambda a: dict(is_causal=True), mask=causal_mask())
+    return dict(plain="full", fixed=True)
 
 
 def _window(length, width):
     (size,) = width
-    fixed = dict(is_causal=True, local_window_size=(size - 1, 0))
-    return dict(plain="full", fixed=lambda a: fixed, mask=sliding_window_mask(size - 1, 0))
+    return dict(plain="full", fixed=True, mask=sliding_window_mask(size - 1, 0))
 
 
 def _soft_cap(length, limit):
@@ -129,7 +126,6 @@ def _bias(length):
         parts=parts,
         arguments={"bias": ("normal", "HTS")},
         constants=("bias",),
-        fixed=lambda a: dict(is_causal=True, bias=a["bias"][None]),
     )
 
 

@@ -26,6 +26,10 @@ class Window:
     left: int
     right: int
 
+    @property
+    def window(self):
+        return self.left, self.right
+
     def _limit(self, low, high):
         """Whether low <= left and high >= -right, where these are bounds."""
         below = low <= self.left if self.left >= 0 else True

@@ -18,7 +18,7 @@ from attn_kernels.attention.score import Score
 from attn_kernels.attention.score_mod import ScoreMod
 from attn_kernels.attention.tile import Tile
 
-KERNELS = ("mosaic_gpu", "mosaic_tpu")  # modules, imported where they are used
+KERNELS = ("mosaic_gpu", "mosaic_tpu", "cudnn")  # modules, imported where they are used
 IMPLEMENTATIONS = ("definition", "xla", *KERNELS)
 
 
@@ -54,9 +54,10 @@ def attention(
       implementation: "definition" (materialises the weights, O(T S) memory), "xla" (streams over
         tiles, O(T + S) memory, differentiable any number of times in both modes), "mosaic_tpu" (a
         kernel for float32 and bfloat16) and "mosaic_gpu" (one for bfloat16 and float16 on Hopper),
-        which are differentiable once in reverse mode and interpreted on a CPU, or None: on a TPU
-        or a Hopper GPU its kernel for what it serves, "xla" otherwise and elsewhere. With several
-        devices None takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
+        which are differentiable once in reverse mode and interpreted on a CPU, "cudnn" (for plain
+        softmax over all keys or a causal window on a GPU, without statistics), or None: on a TPU
+        or a Hopper GPU its Mosaic kernel for what it serves, "xla" otherwise and elsewhere. With
+        several devices None takes a kernel only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of `v`; with `return_stats` also `[B, T, H]` in float32 or
@@ -69,6 +70,8 @@ def attention(
     """
     tile = tile_of(q, k, v, mask, score_mod, normalizer, scale, score)
     attend, forward_mode = _attend(implementation, tile)
+    if return_stats and implementation == "cudnn":
+        raise NotImplementedError("return_stats: implementation 'cudnn' has none; choose another")
     return outputs(tile, attend, v.dtype, return_stats, forward_mode)
 
 

@@ -32,7 +32,8 @@ class Mask:
       predicate: the function. If it has a method `tile(q_first, q_last, k_first, k_last)`, this
         returns `(some, every)` for the tile of these inclusive ranges: False if surely no pair is
         allowed, and True if surely every pair is. It gets integers, NumPy arrays or traced arrays,
-        and ranges that end after the last position. Streaming skips what is surely empty.
+        and ranges that end after the last position. Streaming skips what is surely empty. If it
+        has an attribute `window`, see there.
       operands: arrays laid out by `operand`, for example segment ids along "bq" and "bk".
     """
 
@@ -53,6 +54,15 @@ class Mask:
             return NotImplemented
         joined = _Join(op, self.predicate, len(self.operands), other.predicate)
         return Mask(joined, self.operands + other.operands)
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """`(left, right)` of a band around the diagonal, which fixed kernels know; else None.
+
+        It is the predicate's own: `q_index - k_index <= left` and `k_index - q_index <= right`,
+        where a negative number is no bound.
+        """
+        return getattr(self.predicate, "window", None)
 
     def allowed(self, b, h, q_index, k_index, operands=None) -> jax.Array:
         """The predicate on the given indices, with (tiles of) the mask's operands."""
@@ -219,6 +229,14 @@ class _Join:
     def tile(self, *ranges):
         left, right = Mask(self.left).tile(*ranges), Mask(self.right).tile(*ranges)
         return self.op(left[0], right[0]), self.op(left[1], right[1])
+
+    @property
+    def window(self):
+        windows = Mask(self.left).window, Mask(self.right).window
+        if self.op is not operator.and_ or None in windows:
+            return None
+        bounds = ([x for x in pair if x >= 0] for pair in zip(*windows))
+        return tuple(min(pair, default=-1) for pair in bounds)
 
 
 @dataclasses.dataclass(frozen=True)
