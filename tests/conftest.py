@@ -10,9 +10,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are those of float32
 
-# Arrays are small: compiling is the work. Programs that tests start must compute the same bits.
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Arrays are small: compiling is the work. Programs that tests start must compute the same bits.
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 if jaxlib.version.__version_info__ < (0, 11):  # later ones end at a flag that they do not know
     flag = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

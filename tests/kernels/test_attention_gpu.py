@@ -5,6 +5,7 @@ import calls
 import h100
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from calls import CASES, HEADS, cases, inputs
 
@@ -85,6 +86,19 @@ def test_mechanisms_of_the_catalogue(row):
         return check(jit=lambda function: function)
     with pytest.raises(NotImplementedError, match=NOT_SERVED[row.name]):
         check()
+
+
+@pytest.mark.skipif(not gpu.available(), reason="there is no Hopper GPU")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["causal", "capped_slopes", "sigmoid"])
+def test_programs_that_fill_a_gpu(name, dim):
+    """Races would show: outputs and derivatives are right, and the same whenever they are run."""
+    arrays = inputs(2048, 2048, jnp.bfloat16, dim, dim)
+    many = [jnp.concatenate([x, x[:, ::-1], x / 2, x] * 16) for x in arrays]
+    case = cases(2048, 2048)[name]
+    run = jax.jit(lambda *arrays: calls.everything(arrays, case, "mosaic_gpu"))
+    jax.tree.map(np.testing.assert_array_equal, run(*many), run(*many))
+    check(case, arrays, 2**-7)
 
 
 @needs_new_jax
