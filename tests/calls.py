@@ -68,10 +68,7 @@ def inputs(q_len, k_len, dtype=jnp.float32, dim=16, width=8):
 
 
 def everything(arrays, case, implementation):
-    """Output, statistics, and gradients of all arguments and operands, cotangents on both.
-
-    The interpreter of GPUs waits for ever if two kernels of one program run at a time.
-    """
+    """Output, statistics, and gradients of all arguments and operands, cotangents on both."""
     leaves, treedef = jax.tree.flatten(case)
     floats = [n for n, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
     stats = case.get("normalizer") != sigmoid
@@ -90,7 +87,12 @@ def everything(arrays, case, implementation):
 
     moving = [leaves[n] for n in floats]
     slopes = jax.grad(loss, (0, 1), has_aux=True)
-    return (slopes if implementation == "mosaic_gpu" else jax.jit(slopes))(arrays, moving)
+    return (slopes if interpreted(implementation) else jax.jit(slopes))(arrays, moving)
+
+
+def interpreted(implementation):
+    """Whether to run step by step: the interpreter of GPUs waits for ever for a second kernel."""
+    return implementation == "mosaic_gpu" and jax.default_backend() == "cpu"
 
 
 def check(implementation, case, arrays, rounding):
@@ -110,7 +112,7 @@ def check(implementation, case, arrays, rounding):
         assert np.abs(a - c).max() <= bound, n
 
 
-def check_mechanism(implementation, row, sizes, dtype, rounding, jit=jax.jit):
+def check_mechanism(implementation, row, sizes, dtype, rounding):
     """The same of a row of the catalogue, its output and the gradients of its arrays."""
 
     def cast(arrays, dtype):
@@ -118,6 +120,8 @@ def check_mechanism(implementation, row, sizes, dtype, rounding, jit=jax.jit):
         return {n: x.astype(dtype) if floats[n] else x for n, x in arrays.items()}
 
     def run(arrays, implementation):
+        jit = (lambda function: function) if eager else jax.jit
+
         def loss(arrays):
             out = row.call(arrays, causal=row.causal[-1], implementation=implementation)
             wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
@@ -126,6 +130,7 @@ def check_mechanism(implementation, row, sizes, dtype, rounding, jit=jax.jit):
         slopes, out = jit(jax.grad(loss, has_aux=True))(arrays)
         return {"out": out, **slopes}
 
+    eager = interpreted(implementation)
     arrays = cast(row.example(row.fit(sizes), jax.random.key(0)), dtype)
     got, base = (run(arrays, name) for name in (implementation, "definition"))
     with jax.enable_x64(True):

@@ -35,6 +35,7 @@ WIDEST = 256
 PRIMITIVES = COMMON | {"square"}
 # By computing warpgroups, the registers of theirs and of the one that fetches.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
+AXES = "heads", "tiles", "batch"  # of a grid, the fastest first
 
 
 @jax.tree_util.register_static
@@ -188,6 +189,7 @@ class Program:
       start: the position of its first row.
       full, some: how many fetched blocks are full, and how many there are.
       block: the number of the n-th of them on its axis.
+      slot: where it is fetched to.
       held: its blocks of rows, in shared memory.
       fetched, ready, used: the slots of the fetched blocks, and their barriers.
       passing: a barrier for two warpgroups that take turns, None for more.
@@ -200,6 +202,7 @@ class Program:
     full: jax.Array
     some: jax.Array
     block: Callable
+    slot: Callable
     held: Sequence
     fetched: Sequence
     ready: Sequence
@@ -253,6 +256,13 @@ def run(
     """
     batch, dtype = held[0].shape[0], held[0].dtype
     slots, rows = blocks.slots, blocks.rows
+    grid = batch, lists[0].shape[2], problem.heads
+    # Lists that are made from data may differ much in length: the device then deals programs out.
+    known = not any(isinstance(x, jax.core.Tracer) for x in lists)
+    staying = blocks.staying and known and math.prod(grid) > gpu.multiprocessors()
+    outgoing = [x for x in results if len(x.shape) == 4]
+    ahead = staying and blocks.fits(held, outgoing, itertools.chain(*fetched))
+    spare = outgoing if ahead else spare
     inputs = [*held, *itertools.chain(*fetched), *extra, *lists, *leaves]
 
     def kernel(*refs):
@@ -267,79 +277,116 @@ def run(
             held_refs, *fetched_refs, extra_refs, list_refs, leaf_refs, result_refs, direct_refs = (
                 parts
             )
-            b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
-            # Late queries of causal masks meet the most keys, and early keys the most queries: the
-            # longest programs go first.
-            i = lists[0].shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
             order, full, some = list_refs
-            at = (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
+            count, at = _visits(grid, staying)
 
-            def head(ref):
+            def where(n):
+                b, i, h = at(n)
+                # Late queries of causal masks meet the most keys, and early keys the most queries:
+                # what takes longest goes first.
+                i = grid[1] - 1 - i if last_first else i
+                return b, h, i, (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
+
+            def head(h, ref):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
 
-            def block(n):
-                return order[(*at, n)]
+            def every(visit):
+                return lax.fori_loop(0, count, visit, jnp.int32(0)) if staying else visit(0, 0)
 
             @pl.when(wg < blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][0], "increase")
-                start = i * blocks.held + wg * rows
                 mine = [x.at[wg] for x in held_smem]
-                for ref, smem in zip(held_refs, mine):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[b, pl.ds(start, rows), head(ref)], smem, arrived.at[wg]
+                spared = [x.at[wg] for x in spare_smem]
+
+                def hold(n):
+                    b, h, i, _ = where(n)
+                    rows_of_mine = pl.ds(i * blocks.held + wg * rows, rows)
+                    for ref, smem in zip(held_refs, mine):
+                        place = ref.at[b, rows_of_mine, head(h, ref)]
+                        plgpu.copy_gmem_to_smem(place, smem, arrived.at[wg])
+
+                def hold_next(n):
+                    if staying:
+                        plgpu.commit_smem()
+                        pl.when(n + 1 < count)(lambda: hold(n + 1))
+
+                def visit(n, before):
+                    b, h, i, listed = where(n)
+                    start = i * blocks.held + wg * rows
+                    plgpu.barrier_wait(arrived.at[wg])
+                    program = Program(
+                        wg,
+                        b,
+                        h,
+                        start,
+                        full[listed],
+                        some[listed],
+                        lambda n: order[(*listed, n)],
+                        lambda n: blocks.slot(before + n),
+                        mine,
+                        fetched_smem,
+                        ready,
+                        used,
+                        passing if blocks.warpgroups == 2 else None,
                     )
-                plgpu.barrier_wait(arrived.at[wg])
-                program = Program(
-                    wg,
-                    b,
-                    h,
-                    start,
-                    full[at],
-                    some[at],
-                    block,
-                    mine,
-                    fetched_smem,
-                    ready,
-                    used,
-                    passing if blocks.warpgroups == 2 else None,
-                )
-                found = compute(program, extra_refs, leaf_refs, direct_refs)
-                free = [*mine, *(x.at[wg] for x in spare_smem)]
-                numbers = iter(range(vectors.shape[0]))
-                for value, ref in zip(found, result_refs):
-                    if value.ndim == 1:
-                        smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
-                    else:
-                        at_hand = (n for n, x in enumerate(free) if x.shape == value.shape)
-                        smem = free.pop(next(at_hand))
-                        place = b, pl.ds(start, rows), h
-                    smem[...] = value.astype(smem.dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(smem, ref.at[place])
+                    found = compute(program, extra_refs, leaf_refs, direct_refs)
+                    if ahead:
+                        hold_next(n)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    free = list(spared) if ahead else [*mine, *spared]
+                    numbers = iter(range(vectors.shape[0]))
+                    for value, ref in zip(found, result_refs):
+                        if value.ndim == 1:
+                            smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
+                        else:
+                            at_hand = (n for n, x in enumerate(free) if x.shape == value.shape)
+                            smem = free.pop(next(at_hand))
+                            place = b, pl.ds(start, rows), h
+                        smem[...] = value.astype(smem.dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(smem, ref.at[place])
+                    if staying and not ahead:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        hold_next(n)
+                    return before + program.some
+
+                hold(0)
+                every(visit)
                 plgpu.wait_smem_to_gmem(0)
 
             @pl.when(wg == blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][1], "decrease")
 
-                @pl.loop(0, some[at])
-                def _(n):
-                    slot = blocks.slot(n)
-                    columns = pl.ds(block(n) * blocks.columns, blocks.columns)
-                    for refs, smems, barrier, free in zip(fetched_refs, fetched_smem, ready, used):
+                def visit(n, before):
+                    b, h, _, listed = where(n)
 
-                        @pl.when(n >= slots)
-                        def _(free=free):
-                            plgpu.barrier_wait(free.at[slot])
+                    @pl.loop(0, some[listed])
+                    def _(n):
+                        slot = blocks.slot(before + n)
+                        columns = pl.ds(order[(*listed, n)] * blocks.columns, blocks.columns)
+                        for refs, smems, barrier, free in zip(
+                            fetched_refs, fetched_smem, ready, used
+                        ):
 
-                        for ref, smem in zip(refs, smems):
-                            numbers = len(ref.shape) == 3
-                            place = (b, h, columns) if numbers else (b, columns, head(ref))
-                            plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
+                            @pl.when(before + n >= slots)
+                            def _(free=free):
+                                plgpu.barrier_wait(free.at[slot])
 
-                @pl.loop(jnp.maximum(some[at] - slots, 0), some[at])
+                            for ref, smem in zip(refs, smems):
+                                numbers = len(ref.shape) == 3
+                                place = (b, h, columns) if numbers else (b, columns, head(h, ref))
+                                plgpu.copy_gmem_to_smem(
+                                    ref.at[place], smem.at[slot], barrier.at[slot]
+                                )
+
+                    return before + some[listed]
+
+                total = every(visit)
+
+                @pl.loop(jnp.maximum(total - slots, 0), total)
                 def _(n):
                     for free in used:
                         plgpu.barrier_wait(free.at[blocks.slot(n)])
@@ -364,16 +411,43 @@ def run(
             collective_axes="wg",
         )
 
+    places = {"places": gpu.multiprocessors()} if staying else dict(zip(AXES, grid[::-1]))
     return plgpu.kernel(
         kernel,
         out_type=[*results, *direct],
-        grid=(problem.heads, lists[0].shape[2], batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=tuple(places.values()),
+        grid_names=tuple(places),
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpreted() else False,
     )(*inputs)
+
+
+def _visits(grid, staying):
+    """How many blocks of rows a program works on, and where the n-th is: batch, tile and head.
+
+    Of those that stay, every other round is dealt out in reverse, as blocks get shorter.
+    """
+    if not staying:
+        return 1, lambda n: tuple(lax.axis_index(name) for name in AXES[::-1])
+    place, places, total = lax.axis_index("places"), gpu.multiprocessors(), math.prod(grid)
+
+    def number(n):
+        return n * places + jnp.where(n & 1 == 0, place, places - 1 - place)
+
+    def at(n):
+        rest, h = divmod_of(number(n), grid[2])
+        b, i = divmod_of(rest, grid[1])
+        return b, i, h
+
+    rounds = jnp.int32(total // places)
+    return rounds + (number(rounds) < total).astype(jnp.int32), at
+
+
+def divmod_of(x, by: int):
+    """`divmod` of a number that is not negative."""
+    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
 def interpreted() -> bool:
@@ -467,13 +541,13 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         @pl.when(program.some > 0)
         def _():
-            plgpu.barrier_wait(k_ready.at[0])
+            plgpu.barrier_wait(k_ready.at[program.slot(0)])
 
         pl.when(program.wg == 1)(program.turn)
 
         def step(n, carry, whole):
             out, top, total = carry
-            slot = blocks.slot(n)
+            slot = program.slot(n)
             products = product(q_held, keys.at[slot].T, program.turn)
             plgpu.barrier_arrive(k_used.at[slot])
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
@@ -499,7 +573,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             def await_keys():
                 @pl.when(n + 1 < program.some)
                 def _():
-                    plgpu.barrier_wait(k_ready.at[blocks.slot(n + 1)])
+                    plgpu.barrier_wait(k_ready.at[program.slot(n + 1)])
 
             if not values:
                 await_keys()
@@ -557,7 +631,7 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
 
         def step(n, carry, whole):
             dq, sums = carry
-            slot = blocks.slot(n)
+            slot = program.slot(n)
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
             plgpu.barrier_wait(k_ready.at[slot])
@@ -635,7 +709,7 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
 
         def step(n, carry, whole):
             sums, columns = carry
-            slot = blocks.slot(n)
+            slot = program.slot(n)
             starts = {"k": program.start, "q": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 1)
 
