@@ -108,6 +108,9 @@ class Neighborhood:
         return start, start + (self.kernel - 1)
 
     def __call__(self, b, h, q_index, k_index):
+        if self.dilation == 1:
+            low, high = self._ends(q_index, self.length)
+            return (low <= k_index) & (k_index <= high)
         group = q_index % self.dilation
         size = (self.length - group + self.dilation - 1) // self.dilation
         low, high = self._ends(q_index // self.dilation, size)

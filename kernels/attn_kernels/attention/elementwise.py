@@ -172,28 +172,40 @@ def evaluate(
     """
     given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
     closed = jax.make_jaxpr(function)(*given)
-    return _run(closed.jaxpr, closed.consts, args, primitives)
+    return run(closed.jaxpr, closed.consts, args, primitives)
 
 
-def _run(jaxpr, consts, args, primitives):
+def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None):
+    """The wanted variables of a jaxpr, by default its results, of its arguments and known ones."""
     consts = [jnp.reshape(jnp.asarray(x), ()) for x in consts]
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])) | (known or {})
+    wanted = jaxpr.outvars if wanted is None else wanted
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else known[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in needed(jaxpr, wanted, known):
         given, name = [read(atom) for atom in eqn.invars], _name(eqn)
         if name in CALLS:
-            out = _run(*_inner(eqn), given, primitives)
+            out = run(*_inner(eqn), given, primitives)
         elif name in SHAPES or name in SAME:
             out = given[:1]
         elif name in REWRITTEN and name not in primitives:
             closed = _rewritten(eqn)
-            out = _run(closed.jaxpr, closed.consts, given, primitives)
+            out = run(closed.jaxpr, closed.consts, given, primitives)
         else:
             shape = jnp.broadcast_shapes(*map(jnp.shape, given))
             given = [jnp.broadcast_to(x, shape) for x in given] if shape else given
             out = [eqn.primitive.bind(*given, **eqn.params)]
         known.update(zip(eqn.outvars, out))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [read(atom) for atom in wanted]
+
+
+def needed(jaxpr, wanted, known) -> list:
+    """The equations that make the wanted variables of the known ones."""
+    open, found = {x for x in wanted if not isinstance(x, Literal) and x not in known}, []
+    for eqn in reversed(jaxpr.eqns):
+        if open.intersection(eqn.outvars):
+            found.append(eqn)
+            open.update(x for x in eqn.invars if not isinstance(x, Literal) and x not in known)
+    return found[::-1]

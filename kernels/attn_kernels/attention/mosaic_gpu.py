@@ -20,6 +20,7 @@ from jax import lax
 
 from attn_kernels import gpu
 from attn_kernels.attention import traced
+from attn_kernels.attention.ahead import ahead
 from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of
 from attn_kernels.attention.elementwise import COMMON
 from attn_kernels.attention.tile import Tile
@@ -87,7 +88,6 @@ class Tiles:
         self.problem, self.parts, self.refs = problem, problem.parts, refs
         self.b, self.h, self.starts, self.shape = b, h, starts, shape
         self.axis = {"q": q_axis, "k": 1 - q_axis}
-        self.leaves = [self._leaf(n) for n in range(len(refs))]
 
     @property
     def at(self):
@@ -101,6 +101,13 @@ class Tiles:
         ref = ref.at[(*lead, pl.ds(self.starts[along], self.shape[axis]))]
         x = plgpu.load(ref, layout=(ROWS, COLUMNS)[axis], optimized=False)
         return lax.broadcast_in_dim(x, self.shape, [axis])
+
+    def leaves(self, of_mask: bool):
+        """The leaves of the mask, or the others; zeros stand for the rest, which is not read."""
+        return [
+            self._leaf(n) if (n < self.parts.of_mask) == of_mask else jnp.zeros((), ref.dtype)
+            for n, ref in enumerate(self.refs)
+        ]
 
     def _leaf(self, n):
         ref, axes = self.refs[n], self.parts.axes[n]
@@ -128,12 +135,12 @@ class Tiles:
         exist = (self.index("q") < q_len) & (self.index("k") < k_len)
         if not self.parts.masked:
             return exist
-        allowed = self.parts.allowed(self.place, self.leaves)
+        allowed = self.parts.allowed(self.place, self.leaves(True))
         return exist & jnp.broadcast_to(allowed, self.shape)
 
     def value(self, scores):
         """The modified scores if softmax normalises, else the weights."""
-        return self.parts.value(scores, self.place, self.leaves)
+        return self.parts.value(scores, self.place, self.leaves(False))
 
     def weights(self, products, scale, lse, whole: bool):
         """The weights of pairs.
@@ -171,7 +178,8 @@ class Tiles:
             weight_slopes = self._clear(weight_slopes, whole)
         if self.parts.plain:
             return weights, weight_slopes
-        found = self.parts.slopes(products * scale, weight_slopes, self.place, self.leaves)
+        leaves = self.leaves(False)
+        found = self.parts.slopes(products * scale, weight_slopes, self.place, leaves)
         # What a modification makes of a slope of 0 may be NaN.
         value, *found = (self._clear(x, whole) for x in found)
         return weights if self.parts.softmax else value, *found
@@ -790,6 +798,9 @@ def attend(tile: Tile):
 
     It is differentiable once, in reverse mode.
     """
+    if tile.mask is not None:
+        mask = ahead(tile.mask, tile.q.shape[2], tile.k.shape[2], PRIMITIVES)
+        tile = dataclasses.replace(tile, mask=mask)
     parts, leaves, sink = parts_of(tile, PRIMITIVES)
     lengths, width = (tile.q.shape[2], tile.k.shape[2]), tile.v.shape[3]
     q, k, *v = (

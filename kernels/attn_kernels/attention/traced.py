@@ -12,6 +12,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from attn_kernels.attention import elementwise
+from attn_kernels.attention.ahead import source
 from attn_kernels.attention.elementwise import KEYS, PAIRS, QUERIES
 from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.normalizer import Normalizer, Softmax
@@ -43,6 +44,7 @@ class Parts:
         mask, score_mod, normalizer = self.treedef.unflatten(range(len(self.axes)))
         softmax = isinstance(normalizer, Softmax)
         object.__setattr__(self, "masked", mask is not None)
+        object.__setattr__(self, "of_mask", len(jax.tree.leaves(mask)))  # the first leaves
         object.__setattr__(self, "softmax", softmax)
         object.__setattr__(self, "plain", softmax and score_mod is None)
 
@@ -183,6 +185,7 @@ def tile_lists(
       the mask is known when a program is traced, else the number of columns.
     """
     counts = [-(-length // block) for length, block in zip(lengths, blocks)]
+    mask = mask and source(mask)
     known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
 
     def made():
