@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SHARED_BYTES = 232_448  # of a program on Hopper
-RESERVED = 4096  # for vectors, barriers and alignment
 TABLE = Path(__file__).with_name("blocks.json")
 KERNELS = ("outputs", "row_slopes", "column_slopes")
 KINDS = ("plain", "modified", "weights")
@@ -32,28 +30,17 @@ class Blocks:
       columns: how many it gets at once.
       slots: for how many blocks of these there is room.
       warpgroups: how many compute.
-      staying: whether programs stay for one block of rows after another, as many programs as the
-        device has multiprocessors: the fetching of one block overlaps the work on another.
     """
 
     rows: int
     columns: int
     slots: int
     warpgroups: int = 2
-    staying: bool = False
 
     @property
     def held(self) -> int:
         """Rows of a program."""
         return self.rows * self.warpgroups
-
-    def fits(self, held, results, fetched) -> bool:
-        """Whether arrays of a program, and its results beside them, have room in shared memory."""
-        own, other = (
-            sum(x.dtype.itemsize * x.shape[-1] for x in arrays if len(x.shape) == 4)
-            for arrays in ((*held, *results), fetched)
-        )
-        return self.held * own + self.slots * self.columns * other <= SHARED_BYTES - RESERVED
 
     def slot(self, n):
         """Where the n-th fetched block is."""

@@ -13,7 +13,8 @@ import numpy as np
 EMPTY, PARTIAL, FULL = 0, 1, 2
 LEAF, SPLIT = 64, 8  # Open tiles are cut into SPLIT^2 parts, down to LEAF^2 pairs,
 CHUNK = 2**10  # this many of them at once,
-TOGETHER = 2**18  # and the predicate is evaluated on this many pairs at once.
+TOGETHER = {"cpu": 2**18}  # and the predicate is evaluated on this many pairs at once,
+MANY = 2**25  # or so many where steps of a loop cost more than memory.
 
 
 @functools.partial(
@@ -210,7 +211,8 @@ def _count(mask: Mask, shift, tiles, *, shape):
         allowed = allowed & (rows < q_stop)[:, None] & (columns < k_stop)
         return jnp.broadcast_to(allowed, shape).sum((2, 3), dtype=jnp.int32)
 
-    return jax.lax.map(one, tiles, batch_size=max(1, TOGETHER // math.prod(shape)))
+    together = TOGETHER.get(jax.default_backend(), MANY)
+    return jax.lax.map(one, tiles, batch_size=max(1, together // math.prod(shape)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from attn_kernels.attention import traced
 from attn_kernels.attention.ahead import ahead
 from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of
 from attn_kernels.attention.elementwise import COMMON
+from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.tile import Tile
 from attn_kernels.attention.traced import Parts, parts_of, tile_lists
 from attn_kernels.varying import varying
@@ -36,7 +37,13 @@ WIDEST = 256
 PRIMITIVES = COMMON | {"square"}
 # By computing warpgroups, the registers of theirs and of the one that fetches.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
-AXES = "heads", "tiles", "batch"  # of a grid, the fastest first
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """A mask whose operands are no arguments of a program: lists of its tiles are constants."""
+
+    mask: Mask | None
 
 
 @jax.tree_util.register_static
@@ -50,6 +57,7 @@ class Problem:
       lengths: T and S.
       growing: whether scores are known to grow with products of queries and keys.
       exact: whether derivatives of operands are sums in which the rounding of outputs would add up.
+      pattern: the mask, if it is known then.
       forward, rows, columns: the blocks of the three kernels.
     """
 
@@ -58,6 +66,7 @@ class Problem:
     lengths: tuple[int, int]
     growing: bool
     exact: bool
+    pattern: "Known | None"
     forward: Blocks
     rows: Blocks
     columns: Blocks
@@ -197,7 +206,6 @@ class Program:
       start: the position of its first row.
       full, some: how many fetched blocks are full, and how many there are.
       block: the number of the n-th of them on its axis.
-      slot: where it is fetched to.
       held: its blocks of rows, in shared memory.
       fetched, ready, used: the slots of the fetched blocks, and their barriers.
       passing: a barrier for two warpgroups that take turns, None for more.
@@ -210,7 +218,6 @@ class Program:
     full: jax.Array
     some: jax.Array
     block: Callable
-    slot: Callable
     held: Sequence
     fetched: Sequence
     ready: Sequence
@@ -264,13 +271,6 @@ def run(
     """
     batch, dtype = held[0].shape[0], held[0].dtype
     slots, rows = blocks.slots, blocks.rows
-    grid = batch, lists[0].shape[2], problem.heads
-    # Lists that are made from data may differ much in length: the device then deals programs out.
-    known = not any(isinstance(x, jax.core.Tracer) for x in lists)
-    staying = blocks.staying and known and math.prod(grid) > gpu.multiprocessors()
-    outgoing = [x for x in results if len(x.shape) == 4]
-    ahead = staying and blocks.fits(held, outgoing, itertools.chain(*fetched))
-    spare = outgoing if ahead else spare
     inputs = [*held, *itertools.chain(*fetched), *extra, *lists, *leaves]
 
     def kernel(*refs):
@@ -285,116 +285,83 @@ def run(
             held_refs, *fetched_refs, extra_refs, list_refs, leaf_refs, result_refs, direct_refs = (
                 parts
             )
+            b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+            # Late queries of causal masks meet the most keys, and early keys the most queries: the
+            # longest programs go first.
+            i = lists[0].shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
             order, full, some = list_refs
-            count, at = _visits(grid, staying)
+            at = (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
 
-            def where(n):
-                b, i, h = at(n)
-                # Late queries of causal masks meet the most keys, and early keys the most queries:
-                # what takes longest goes first.
-                i = grid[1] - 1 - i if last_first else i
-                return b, h, i, (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
-
-            def head(h, ref):
+            def head(ref):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
 
-            def every(visit):
-                return lax.fori_loop(0, count, visit, jnp.int32(0)) if staying else visit(0, 0)
+            def block(n):
+                return order[(*at, n)]
 
             @pl.when(wg < blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][0], "increase")
+                start = i * blocks.held + wg * rows
                 mine = [x.at[wg] for x in held_smem]
-                spared = [x.at[wg] for x in spare_smem]
-
-                def hold(n):
-                    b, h, i, _ = where(n)
-                    rows_of_mine = pl.ds(i * blocks.held + wg * rows, rows)
-                    for ref, smem in zip(held_refs, mine):
-                        place = ref.at[b, rows_of_mine, head(h, ref)]
-                        plgpu.copy_gmem_to_smem(place, smem, arrived.at[wg])
-
-                def hold_next(n):
-                    if staying:
-                        plgpu.commit_smem()
-                        pl.when(n + 1 < count)(lambda: hold(n + 1))
-
-                def visit(n, before):
-                    b, h, i, listed = where(n)
-                    start = i * blocks.held + wg * rows
-                    plgpu.barrier_wait(arrived.at[wg])
-                    program = Program(
-                        wg,
-                        b,
-                        h,
-                        start,
-                        full[listed],
-                        some[listed],
-                        lambda n: order[(*listed, n)],
-                        lambda n: blocks.slot(before + n),
-                        mine,
-                        fetched_smem,
-                        ready,
-                        used,
-                        passing if blocks.warpgroups == 2 else None,
+                for ref, smem in zip(held_refs, mine):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[b, pl.ds(start, rows), head(ref)], smem, arrived.at[wg]
                     )
-                    found = compute(program, extra_refs, leaf_refs, direct_refs)
-                    if ahead:
-                        hold_next(n)
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    free = list(spared) if ahead else [*mine, *spared]
-                    numbers = iter(range(vectors.shape[0]))
-                    for value, ref in zip(found, result_refs):
-                        if value.ndim == 1:
-                            smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
-                        else:
-                            at_hand = (n for n, x in enumerate(free) if x.shape == value.shape)
-                            smem = free.pop(next(at_hand))
-                            place = b, pl.ds(start, rows), h
-                        smem[...] = value.astype(smem.dtype)
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(smem, ref.at[place])
-                    if staying and not ahead:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        hold_next(n)
-                    return before + program.some
-
-                hold(0)
-                every(visit)
+                plgpu.barrier_wait(arrived.at[wg])
+                program = Program(
+                    wg,
+                    b,
+                    h,
+                    start,
+                    full[at],
+                    some[at],
+                    block,
+                    mine,
+                    fetched_smem,
+                    ready,
+                    used,
+                    passing if blocks.warpgroups == 2 else None,
+                )
+                found = compute(program, extra_refs, leaf_refs, direct_refs)
+                free = [*mine, *(x.at[wg] for x in spare_smem)]
+                numbers = iter(range(vectors.shape[0]))
+                for value, ref in zip(found, result_refs):
+                    if value.ndim == 1:
+                        smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
+                    else:
+                        place = b, pl.ds(start, rows), h
+                        at_hand = [n for n, x in enumerate(free) if x.shape == value.shape]
+                        if not at_hand:  # what left before has to be out of it
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            free = [*mine, *(x.at[wg] for x in spare_smem)]
+                            at_hand = [n for n, x in enumerate(free) if x.shape == value.shape]
+                        smem = free.pop(at_hand[0])
+                    smem[...] = value.astype(smem.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(smem, ref.at[place])
                 plgpu.wait_smem_to_gmem(0)
 
             @pl.when(wg == blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][1], "decrease")
 
-                def visit(n, before):
-                    b, h, _, listed = where(n)
+                @pl.loop(0, some[at])
+                def _(n):
+                    slot = blocks.slot(n)
+                    columns = pl.ds(block(n) * blocks.columns, blocks.columns)
+                    for refs, smems, barrier, free in zip(fetched_refs, fetched_smem, ready, used):
 
-                    @pl.loop(0, some[listed])
-                    def _(n):
-                        slot = blocks.slot(before + n)
-                        columns = pl.ds(order[(*listed, n)] * blocks.columns, blocks.columns)
-                        for refs, smems, barrier, free in zip(
-                            fetched_refs, fetched_smem, ready, used
-                        ):
+                        @pl.when(n >= slots)
+                        def _(free=free):
+                            plgpu.barrier_wait(free.at[slot])
 
-                            @pl.when(before + n >= slots)
-                            def _(free=free):
-                                plgpu.barrier_wait(free.at[slot])
+                        for ref, smem in zip(refs, smems):
+                            numbers = len(ref.shape) == 3
+                            place = (b, h, columns) if numbers else (b, columns, head(ref))
+                            plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
 
-                            for ref, smem in zip(refs, smems):
-                                numbers = len(ref.shape) == 3
-                                place = (b, h, columns) if numbers else (b, columns, head(h, ref))
-                                plgpu.copy_gmem_to_smem(
-                                    ref.at[place], smem.at[slot], barrier.at[slot]
-                                )
-
-                    return before + some[listed]
-
-                total = every(visit)
-
-                @pl.loop(jnp.maximum(total - slots, 0), total)
+                @pl.loop(jnp.maximum(some[at] - slots, 0), some[at])
                 def _(n):
                     for free in used:
                         plgpu.barrier_wait(free.at[blocks.slot(n)])
@@ -419,43 +386,16 @@ def run(
             collective_axes="wg",
         )
 
-    places = {"places": gpu.multiprocessors()} if staying else dict(zip(AXES, grid[::-1]))
     return plgpu.kernel(
         kernel,
         out_type=[*results, *direct],
-        grid=tuple(places.values()),
-        grid_names=tuple(places),
+        grid=(problem.heads, lists[0].shape[2], batch),
+        grid_names=("heads", "tiles", "batch"),
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpreted() else False,
     )(*inputs)
-
-
-def _visits(grid, staying):
-    """How many blocks of rows a program works on, and where the n-th is: batch, tile and head.
-
-    Of those that stay, every other round is dealt out in reverse, as blocks get shorter.
-    """
-    if not staying:
-        return 1, lambda n: tuple(lax.axis_index(name) for name in AXES[::-1])
-    place, places, total = lax.axis_index("places"), gpu.multiprocessors(), math.prod(grid)
-
-    def number(n):
-        return n * places + jnp.where(n & 1 == 0, place, places - 1 - place)
-
-    def at(n):
-        rest, h = divmod_of(number(n), grid[2])
-        b, i = divmod_of(rest, grid[1])
-        return b, i, h
-
-    rounds = jnp.int32(total // places)
-    return rounds + (number(rounds) < total).astype(jnp.int32), at
-
-
-def divmod_of(x, by: int):
-    """`divmod` of a number that is not negative."""
-    return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
 def interpreted() -> bool:
@@ -549,13 +489,13 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         @pl.when(program.some > 0)
         def _():
-            plgpu.barrier_wait(k_ready.at[program.slot(0)])
+            plgpu.barrier_wait(k_ready.at[0])
 
         pl.when(program.wg == 1)(program.turn)
 
         def step(n, carry, whole):
             out, top, total = carry
-            slot = program.slot(n)
+            slot = blocks.slot(n)
             products = product(q_held, keys.at[slot].T, program.turn)
             plgpu.barrier_arrive(k_used.at[slot])
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
@@ -581,7 +521,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             def await_keys():
                 @pl.when(n + 1 < program.some)
                 def _():
-                    plgpu.barrier_wait(k_ready.at[program.slot(n + 1)])
+                    plgpu.barrier_wait(k_ready.at[blocks.slot(n + 1)])
 
             if not values:
                 await_keys()
@@ -601,17 +541,18 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
         stats = [top * (1 / LOG2E), total] if problem.parts.softmax else [total]
         if not values:
             return stats
-        if problem.parts.softmax:
-            out = out * over(1 / jnp.where(total > 0, total, 1.0), out.shape)
-        else:
-            stats = []
-        return [out, *stats]
+        if not problem.parts.softmax:
+            return [out]
+        out = out * over(1 / jnp.where(total > 0, total, 1.0), out.shape)
+        rest = [out - out.astype(q.dtype).astype(jnp.float32)] if problem.exact else []
+        return [out, *rest, *stats]
 
     rows = lists[0].shape[2] * blocks.held
     results, spare = [], []
     if v is not None:
         results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, v.shape[-1]), q.dtype)]
         spare = list(results) if q.shape[-1] != v.shape[-1] else []
+        results *= 1 + (problem.exact and problem.parts.softmax)
     stats = jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)
     results += [stats] * (2 if problem.parts.softmax else v is None)
     held, fetched = [q], [[k]] if v is None else [[k], [v]]
@@ -622,8 +563,7 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     """dq `[B, T', H, D]`, and the slopes of leaves that move, with what number they have there.
 
     Leaves without keys have them by rows, and those with both axes by pairs. Without v and dout,
-    the derivatives of weights are what they lose. If that is None, it is all that is computed, as
-    `[B, H, T']`.
+    the derivatives of weights are what they lose.
     """
     shape = blocks.rows, blocks.columns
     batch, dim = q.shape[0], q.shape[-1]
@@ -631,15 +571,14 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     by_pairs = [m for m, n in enumerate(problem.parts.moving) if problem.parts.axes[n] == "qk"]
 
     def compute(program, extra, leaf_refs, pair_refs):
-        lse_ref, *lost_ref, scale_ref = extra
-        scale = scale_ref[0]
+        lse, lost = (along_rows(program, ref, blocks.rows) for ref in extra[:2])
+        scale = extra[2][0]
         (q_held, *dout_held), ((keys,), *values) = program.held, program.fetched
         (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
-        lse, *lost = (along_rows(program, ref, blocks.rows) for ref in (lse_ref, *lost_ref))
 
         def step(n, carry, whole):
             dq, sums = carry
-            slot = program.slot(n)
+            slot = blocks.slot(n)
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
             plgpu.barrier_wait(k_ready.at[slot])
@@ -660,11 +599,8 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
                 plgpu.barrier_arrive(v_used[0].at[slot])
             else:
                 products, weights = weighted(product(*first))
-            if not lost:
-                plgpu.barrier_arrive(k_used.at[slot])
-                return dq, [sums[0] + (weights * weight_slopes).sum(axis=1)]
             _, slopes, *moved = tile.slopes(
-                products, scale, weights, weight_slopes, over(lost[0], shape), whole
+                products, scale, weights, weight_slopes, over(lost, shape), whole
             )
             sums = [x + moved[m].sum(axis=1) for x, m in zip(sums, by_rows)]
             for ref, m in zip(pair_refs, by_pairs):
@@ -673,22 +609,17 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
             plgpu.barrier_arrive(k_used.at[slot])
             return dq, sums
 
-        if not lost:
-            return program.loop(step, (None, [zeros(blocks.rows)]))[1]
         sums = [zeros(blocks.rows) for _ in by_rows]
         dq, sums = program.loop(step, (zeros(blocks.rows, dim), sums))
         return [dq * scale, *sums]
 
     rows = lists[0].shape[2] * blocks.held
     sums = jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)
-    if lost is None:
-        results, by_rows, by_pairs = [sums], [], []
-    else:
-        results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dim), q.dtype)]
-        results += [sums] * len(by_rows)
+    results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dim), q.dtype)]
+    results += [sums] * len(by_rows)
     columns = -(-problem.lengths[1] // blocks.columns) * blocks.columns
     pairs = jax.ShapeDtypeStruct((batch, problem.heads, rows, columns), jnp.float32)
-    extra, direct = [lse, *([] if lost is None else [lost]), scale], [pairs] * len(by_pairs)
+    extra, direct = [lse, lost, scale], [pairs] * len(by_pairs)
     held, fetched = ([q], [[k]]) if v is None else ([q, dout], [[k], [v]])
     found = run(
         problem, blocks, held, fetched, extra, lists, leaves, results, compute, direct=direct
@@ -717,7 +648,7 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
 
         def step(n, carry, whole):
             sums, columns = carry
-            slot = program.slot(n)
+            slot = blocks.slot(n)
             starts = {"k": program.start, "q": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 1)
 
@@ -798,6 +729,8 @@ def attend(tile: Tile):
 
     It is differentiable once, in reverse mode.
     """
+    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tile.mask))
+    pattern = Known(tile.mask) if known else None
     if tile.mask is not None:
         mask = ahead(tile.mask, tile.q.shape[2], tile.k.shape[2], PRIMITIVES)
         tile = dataclasses.replace(tile, mask=mask)
@@ -815,7 +748,7 @@ def attend(tile: Tile):
     dim = max(x.shape[3] for x in (k, v) if x is not None)
     blocks = [blocks_of(kernel, dim, q.dtype, kind) for kernel in KERNELS]
     growing = not isinstance(tile.scale, jax.core.Tracer) and float(tile.scale) > 0
-    problem = Problem(parts, tile.q.shape[1], lengths, growing, False, *blocks)
+    problem = Problem(parts, tile.q.shape[1], lengths, growing, False, pattern, *blocks)
     args = q, k, v, tile.scale, sink, leaves
     out, stats = _attend(problem, *varying(args, args))
     if tile.summing:
@@ -825,26 +758,28 @@ def attend(tile: Tile):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(problem, *args):
-    return _outputs(problem, *args)
+    return _outputs(problem, *args)[0]
 
 
 def _outputs(problem, q, k, v, scale, sink, leaves):
+    """The outputs with the statistics and, if `problem.exact`, what rounding took from outputs."""
     laid, lists, whole = _prepared(problem, problem.forward, "q", leaves)
     first = None
     if sink is not None:
         shape = *sink.shape[:2], problem.lengths[0]
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
     args = q, k, v, scale.reshape(1), first, laid, lists
-    out, *stats = outputs(problem, problem.forward, *args)
+    found = outputs(problem, problem.forward, *args)
+    stats = tuple(x[:, :, : problem.lengths[0]] for x in found if x.ndim == 3)
+    out, *rest = [x[:, : q.shape[1]] for x in found if x.ndim == 4] or [None]
     if v is None:
-        found = [x[:, :, : problem.lengths[0]] for x in (out, *stats)]
-        return (jnp.sign(found[1]), tuple(found)) if stats else (found[0], ())
-    return out[:, : q.shape[1]], tuple(x[:, :, : problem.lengths[0]] for x in stats)
+        return ((jnp.sign(stats[1]), stats) if len(stats) > 1 else (stats[0], ())), None
+    return (out, stats), rest[0] if rest else None
 
 
 def _prepared(problem, blocks, rows, leaves, every=False):
     """The leaves as kernels read them, the lists of tiles, and T in whole blocks."""
-    mask = problem.parts.treedef.unflatten(leaves)[0]
+    pattern = problem.pattern or Known(problem.parts.treedef.unflatten(leaves)[0])
     sizes = blocks.held, blocks.columns
     sizes = sizes if rows == "q" else sizes[::-1]
     whole = {a: -(-n // size) * size for a, n, size in zip("qk", problem.lengths, sizes)}
@@ -859,7 +794,7 @@ def _prepared(problem, blocks, rows, leaves, every=False):
         exact = jnp.issubdtype(x.dtype, jnp.floating) and axes != "qk"
         return x.astype(jnp.float32) if exact else x
 
-    lists = tile_lists(mask, problem.lengths, sizes, rows, every)
+    lists = tile_lists(pattern.mask, problem.lengths, sizes, rows, every)
     laid = [lay_out(x, axes) for x, axes in zip(leaves, problem.parts.axes)]
     return laid, lists, whole["q"]
 
@@ -873,12 +808,12 @@ def _forward(problem, *args):
     parts = problem.parts.perturbed(args[5])
     exact = bool(parts.moving) or (args[4] is not None and args[4].perturbed)
     problem = dataclasses.replace(problem, parts=parts, exact=exact)
-    results = _outputs(problem, *primals)
-    return results, (problem, primals, results)
+    results, rest = _outputs(problem, *primals)
+    return results, (problem, primals, results, rest)
 
 
 def _backward(_, saved, cotangents):
-    problem, (q, k, v, scale, sink, leaves), results = saved
+    problem, (q, k, v, scale, sink, leaves), results, rest = saved
     (out, stats), (dout, dstats) = results, traced.given(cotangents, results)
     parts, length, dsink = problem.parts, problem.lengths[0], None
     lse = lost = jnp.zeros((q.shape[0], problem.heads, length), jnp.float32)
@@ -888,7 +823,7 @@ def _backward(_, saved, cotangents):
 
     def kernel(function, blocks, rows, lost, **kwargs):
         laid, lists, whole = _prepared(problem, blocks, rows, leaves, dense and rows == "q")
-        vectors = _to(whole, lse), None if lost is None else _to(whole, lost), scale.reshape(1)
+        vectors = _to(whole, lse), _to(whole, lost), scale.reshape(1)
         return function(problem, blocks, q, k, v, given, *vectors, laid, lists, **kwargs)
 
     if parts.softmax:
@@ -897,10 +832,9 @@ def _backward(_, saved, cotangents):
         lse = jnp.where(total > 0, top * LOG2E + jnp.log2(some), 0)
     if v is None:
         inner, lost = dout * out, -dout
-    elif problem.exact and parts.softmax:
-        inner = kernel(row_slopes, problem.rows, "q", None)[0][0][:, :, :length]
     else:
-        inner = (given.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+        exact = out.astype(jnp.float32) if rest is None else out.astype(jnp.float32) + rest
+        inner = (given.astype(jnp.float32) * exact).sum(-1)
         inner = jnp.swapaxes(inner[:, :length], 1, 2)
     if parts.softmax:
         lost = lost + inner - total * dstats[1]
