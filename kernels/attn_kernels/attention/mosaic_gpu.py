@@ -111,12 +111,16 @@ class Tiles:
         x = plgpu.load(ref, layout=(ROWS, COLUMNS)[axis], optimized=False)
         return lax.broadcast_in_dim(x, self.shape, [axis])
 
-    def leaves(self, of_mask: bool):
-        """The leaves of the mask, or the others; zeros stand for the rest, which is not read."""
-        return [
-            self._leaf(n) if (n < self.parts.of_mask) == of_mask else jnp.zeros((), ref.dtype)
-            for n, ref in enumerate(self.refs)
-        ]
+    def load(self):
+        """The leaves of modification and normaliser, while products are computed: see `take`."""
+        return [self._leaf(n) for n in range(self.parts.of_mask, len(self.refs))]
+
+    def take(self, leaves):
+        self.leaves = [*self._zeros(0, self.parts.of_mask), *leaves]
+
+    def _zeros(self, *numbers):
+        """They stand for leaves that are not read."""
+        return [jnp.zeros((), ref.dtype) for ref in self.refs[slice(*numbers)]]
 
     def _leaf(self, n):
         ref, axes = self.refs[n], self.parts.axes[n]
@@ -144,12 +148,14 @@ class Tiles:
         exist = (self.index("q") < q_len) & (self.index("k") < k_len)
         if not self.parts.masked:
             return exist
-        allowed = self.parts.allowed(self.place, self.leaves(True))
+        count = self.parts.of_mask
+        leaves = [*(self._leaf(n) for n in range(count)), *self._zeros(count, None)]
+        allowed = self.parts.allowed(self.place, leaves)
         return exist & jnp.broadcast_to(allowed, self.shape)
 
     def value(self, scores):
         """The modified scores if softmax normalises, else the weights."""
-        return self.parts.value(scores, self.place, self.leaves(False))
+        return self.parts.value(scores, self.place, self.leaves)
 
     def weights(self, products, scale, lse, whole: bool):
         """The weights of pairs.
@@ -187,8 +193,7 @@ class Tiles:
             weight_slopes = self._clear(weight_slopes, whole)
         if self.parts.plain:
             return weights, weight_slopes
-        leaves = self.leaves(False)
-        found = self.parts.slopes(products * scale, weight_slopes, self.place, leaves)
+        found = self.parts.slopes(products * scale, weight_slopes, self.place, self.leaves)
         # What a modification makes of a slope of 0 may be NaN.
         value, *found = (self._clear(x, whole) for x in found)
         return weights if self.parts.softmax else value, *found
@@ -408,35 +413,37 @@ def registers(number, action):
         plgpu.set_max_registers(number, action=action)
 
 
-def product(a, b, meanwhile=lambda: None):
-    """a b of two blocks in shared memory; `meanwhile` is done before it is waited for."""
+def product(a, b, meanwhile):
+    """a b of two blocks in shared memory, and what `meanwhile` gives, before it is waited for."""
 
     def body(acc):
         plgpu.wgmma(acc, a, b)
-        meanwhile()
-        return acc[...]
+        found = meanwhile()
+        return acc[...], found
 
     return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def two_products(first, second, ready, between):
-    """`between(a b)` and c d, the second product running meanwhile.
+def two_products(first, second, ready, meanwhile, between):
+    """`between(a b, ...)` and c d, the second product running meanwhile.
 
     Args:
       first, second: a and b, c and d, in shared memory.
       ready: waits for the second.
+      meanwhile: what it gives before the first is waited for is the other argument of `between`.
       between: a function of arrays.
     """
     if interpreted():
-        found = between(product(*first))
+        found = between(*product(*first, meanwhile))
         ready()
-        return found, product(*second)
+        return found, product(*second, lambda: None)[0]
 
     def body(one, other):
         plgpu.wgmma(one, *first)
         ready()
         plgpu.wgmma(other, *second)
-        found = between(plgpu.wgmma_accumulator_load(one, wait_n=1))
+        loaded = meanwhile()
+        found = between(plgpu.wgmma_accumulator_load(one, wait_n=1), loaded)
         return lax.optimization_barrier(found), other[...]
 
     shapes = [(a.shape[0], b.shape[1]) for a, b in (first, second)]
@@ -496,10 +503,17 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
         def step(n, carry, whole):
             out, top, total = carry
             slot = blocks.slot(n)
-            products = product(q_held, keys.at[slot].T, program.turn)
-            plgpu.barrier_arrive(k_used.at[slot])
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
+
+            def meanwhile():
+                leaves = tile.load()
+                program.turn()
+                return leaves
+
+            products, leaves = product(q_held, keys.at[slot].T, meanwhile)
+            tile.take(leaves)
+            plgpu.barrier_arrive(k_used.at[slot])
             if problem.parts.softmax:
                 factor = scale * LOG2E
                 if not problem.parts.plain:
@@ -583,22 +597,25 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
             tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
             plgpu.barrier_wait(k_ready.at[slot])
 
-            def weighted(products):
+            def weighted(products, leaves):
+                tile.take(leaves)
                 if not problem.parts.softmax:
-                    return products, None
-                return products, tile.weights(products, scale, over(lse, shape), whole)
+                    return products, None, leaves
+                return products, tile.weights(products, scale, over(lse, shape), whole), leaves
 
             first, weight_slopes = (q_held, keys.at[slot].T), None
             if values:
-                (products, weights), weight_slopes = two_products(
+                (products, weights, leaves), weight_slopes = two_products(
                     first,
                     (dout_held[0], values[0][0].at[slot].T),
                     lambda: plgpu.barrier_wait(v_ready[0].at[slot]),
+                    tile.load,
                     weighted,
                 )
                 plgpu.barrier_arrive(v_used[0].at[slot])
             else:
-                products, weights = weighted(product(*first))
+                products, weights, leaves = weighted(*product(*first, tile.load))
+            tile.take(leaves)
             _, slopes, *moved = tile.slopes(
                 products, scale, weights, weight_slopes, over(lost, shape), whole
             )
@@ -658,10 +675,11 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
                 x = plgpu.load(numbers[n].at[slot], layout=COLUMNS, optimized=False)
                 return lax.broadcast_in_dim(x, shape, [1])
 
-            def weighted(products):
+            def weighted(products, leaves):
+                tile.take(leaves)
                 if not softmax and "k" in wanted:
-                    return products, None
-                return products, tile.weights(products, scale, at_queries(0), whole)
+                    return products, None, leaves
+                return products, tile.weights(products, scale, at_queries(0), whole), leaves
 
             def await_douts():
                 plgpu.barrier_wait(dout_ready.at[slot])
@@ -669,13 +687,14 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
             plgpu.barrier_wait(q_ready.at[slot])
             first, weight_slopes = (k_held, queries.at[slot].T), None
             if v_held:
-                (products, weights), weight_slopes = two_products(
-                    first, (v_held[0], douts.at[slot].T), await_douts, weighted
+                (products, weights, leaves), weight_slopes = two_products(
+                    first, (v_held[0], douts.at[slot].T), await_douts, tile.load, weighted
                 )
             else:
-                products, weights = weighted(product(*first))
+                products, weights, leaves = weighted(*product(*first, tile.load))
                 if others:
                     await_douts()
+            tile.take(leaves)
             if "k" in wanted:
                 weights, slopes, *moved = tile.slopes(
                     products, scale, weights, weight_slopes, at_queries(-1), whole
