@@ -1,21 +1,23 @@
 """The entry to engine 2: one contract, three forms."""
 
 import functools
+import importlib
+import importlib.util
 import math
 
 import jax
 import jax.numpy as jnp
 
+from attn_kernels import gpu, tpu
 from attn_kernels import parallel as devices
-from attn_kernels import tpu
 from attn_kernels.recurrence import definition, mosaic_tpu, parallel
 from attn_kernels.recurrence.chunked import chunked
 from attn_kernels.recurrence.segments import apart
 from attn_kernels.varying import varying_like
 
 FORMS = ("auto", "chunk", "recurrent", "parallel")
-IMPLEMENTATIONS = (None, "xla", "mosaic_tpu", "mosaic_gpu")
-KERNELS = {"mosaic_tpu": "TPU", "mosaic_gpu": "GPU"}
+IMPLEMENTATIONS = (None, "xla", "mosaic_tpu", "mosaic_gpu", "triton")
+KERNELS = {"mosaic_tpu": "TPU kernel", "mosaic_gpu": "GPU kernel", "triton": "Triton kernel"}
 SHORT = 8  # below, steps cost less than the matrices of a chunk
 
 
@@ -70,9 +72,12 @@ def linear_attention(
         in float32, D and Dv up to 256 and chunks of 8, 16, 32, 64 or 128 steps, differentiable once
         in reverse mode; it runs in interpret mode on a CPU), "mosaic_gpu" (a Pallas kernel for
         Hopper GPUs: q, k and v in bfloat16, additive writes, no decay or one a head, chunks of 64
-        steps, differentiable once in reverse mode; on a CPU in interpret mode), or None for the
-        kernel on a TPU where it serves the call and XLA otherwise. With several devices None takes
-        it only inside `jax.shard_map` or `sequence_parallel`.
+        steps, differentiable once in reverse mode; on a CPU in interpret mode), "triton" (kernels
+        for GPUs in jax-triton: q, k and v in bfloat16 or float16, D and Dv up to 512, all but the
+        delta rule with decay per channel, chunks of 64 steps, differentiable once in reverse mode;
+        on a CPU by Triton's interpreter), or None for the kernel on a TPU, and Triton's on a Hopper
+        GPU but for the gated delta rule, where they serve the call, and XLA otherwise. With several
+        devices None takes a kernel of TPUs only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
@@ -89,7 +94,7 @@ def linear_attention(
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation must be None, 'xla', 'mosaic_tpu' or 'mosaic_gpu', "
+            f"implementation must be None, 'xla', 'mosaic_tpu', 'mosaic_gpu' or 'triton', "
             f"got {implementation!r}"
         )
     if implementation in KERNELS and form not in ("auto", "chunk"):
@@ -100,10 +105,12 @@ def linear_attention(
     for name, size in ("chunk_size", chunk_size), ("sub_chunk_size", sub_chunk_size):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    if implementation == "mosaic_gpu":
-        out, state = _on_gpu(
-            q, k, v, log_decay, beta, scale, initial_state, segment_ids, chunk_size
-        )
+    arrays = q, k, v, log_decay, beta, scale, initial_state
+    chunks = form == "chunk" or (form == "auto" and q.shape[1] >= SHORT)
+    if implementation is None and chunks and gpu.available() and _chosen(*arrays, chunk_size):
+        implementation = "triton"
+    if implementation in ("mosaic_gpu", "triton"):
+        out, state = _on_gpu(implementation, *arrays, segment_ids, chunk_size)
         return (out, state) if return_state else out
     arrays, state = _checked(q, k, v, log_decay, beta, scale, initial_state)
     if segment_ids is not None:
@@ -138,6 +145,7 @@ def step(
     log_decay: jax.Array | None = None,
     beta: jax.Array | None = None,
     scale: float | jax.Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One step of `linear_attention`, for decoding: T of them equal one call on T positions.
 
@@ -148,15 +156,33 @@ def step(
       log_decay: `[B, H]` or `[B, H, D]`.
       beta: `[B, H]`.
       scale: a number, by default `1 / sqrt(D)`.
+      implementation: None or "xla", or "triton" (a kernel for GPUs that reads and writes the state
+        once, for sums in float32, with the derivatives of XLA; on a CPU by Triton's interpreter).
 
     Returns:
       The output `[B, H, Dv]` in the dtype of v, and the state after the step.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit, or an implementation is unknown.
+      NotImplementedError: if the named implementation cannot serve the call.
     """
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(f"implementation must be None, 'xla' or 'triton', got {implementation!r}")
     one = jax.tree.map(lambda x: x[:, None], dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta))
-    arrays, state = _checked(**one, scale=scale, initial_state=state)
+    checked = functools.partial(_checked, **one, scale=scale)
+    if implementation == "triton":
+        _, wide = jax.eval_shape(lambda state: checked(initial_state=state), state)
+        reason = _missing() or ("" if wide.dtype == jnp.float32 else f"sums are in {wide.dtype}")
+        if reason:
+            raise NotImplementedError(f"the Triton kernel of step: {reason}")
+        from attn_kernels.recurrence.triton import step as on_gpu
+
+        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        if isinstance(scale, jax.Array):  # whose derivative may be wanted
+            q, scale = q.astype(jnp.float32) * scale, 1.0
+        state = state.astype(jnp.float32)
+        return on_gpu.step(state, q, k, v, log_decay, beta, float(scale))
+    arrays, state = checked(initial_state=state)
     out, state = definition.update(state, *jax.tree.map(lambda x: x[:, 0], arrays))
     return out.astype(v.dtype), state
 
@@ -178,33 +204,63 @@ def match_heads(*arrays: jax.Array | None, axis: int = 2) -> list[jax.Array | No
 
 
 def _refused(implementation, reason):
-    return NotImplementedError(
-        f"the {KERNELS[implementation]} kernel of linear_attention: {reason}"
-    )
+    return NotImplementedError(f"the {KERNELS[implementation]} of linear_attention: {reason}")
 
 
-def _on_gpu(q, k, v, log_decay, beta, scale, initial_state, segment_ids, chunk_size):
+def _on_gpu(
+    implementation, q, k, v, log_decay, beta, scale, initial_state, segment_ids, chunk_size
+):
     """The chunk form by the kernels for GPUs, which read arrays as they are given."""
-    from attn_kernels.recurrence import mosaic_gpu
-
-    checked = functools.partial(_checked, q, k, v, log_decay, beta, scale, initial_state)
-    (_, _, _, gates, strengths), state = jax.eval_shape(checked)
-    if reason := mosaic_gpu.refusal(q, k, v, gates, strengths, state, chunk_size):
-        raise _refused("mosaic_gpu", reason)
-    if devices.current(kernel=True) is not None:
-        raise _refused("mosaic_gpu", "it is not run by the devices of a mesh")
+    arrays = q, k, v, log_decay, beta, scale, initial_state
+    if reason := _obstacle(implementation, *arrays, chunk_size):
+        raise _refused(implementation, reason)
     if segment_ids is not None:
         gates = jnp.zeros((1, 1, 1), jnp.float32) if log_decay is None else log_decay
-        q, k, v, gates, _ = apart(segment_ids, q, k, v, gates[..., None], None)
-        log_decay = gates[..., 0]
+        per_head = gates.ndim == 3
+        gates = gates[..., None] if per_head else gates
+        q, k, v, gates, beta = apart(segment_ids, q, k, v, gates, beta)
+        log_decay = gates[..., 0] if per_head else gates
     if initial_state is None:
-        initial_state = varying_like(jnp.zeros(state.shape, state.dtype), (q, k, v, log_decay))
+        heads = max(x.shape[2] for x in (q, k, v, log_decay, beta) if x is not None)
+        zeros = jnp.zeros((q.shape[0], heads, q.shape[3], v.shape[3]), jnp.float32)
+        initial_state = varying_like(zeros, (q, k, v, log_decay, beta))
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
-    if isinstance(scale, jax.Array):  # whose derivative may be wanted
-        out, state = mosaic_gpu.chunked(q, k, v, log_decay, initial_state, 1.0)
-        return (out * scale).astype(v.dtype), state
-    return mosaic_gpu.chunked(q, k, v, log_decay, initial_state, float(scale))
+    factor = scale if isinstance(scale, jax.Array) else None  # whose derivative may be wanted
+    scale = 1.0 if factor is not None else float(scale)
+    delta = {} if beta is None else dict(beta=beta)
+    kernels = _module(implementation)
+    out, state = kernels.chunked(q, k, v, log_decay, initial_state, scale, **delta)
+    return (out if factor is None else (out * factor).astype(v.dtype)), state
+
+
+def _chosen(q, k, v, log_decay, beta, *rest):
+    """Whether Triton's kernels take a call that names none: not the gated delta rule."""
+    gated = log_decay is not None and beta is not None
+    return not gated and not _obstacle("triton", q, k, v, log_decay, beta, *rest)
+
+
+def _obstacle(implementation, q, k, v, log_decay, beta, scale, initial_state, chunk_size):
+    """Why kernels for GPUs cannot serve a call, None if they can."""
+    if implementation == "triton" and (reason := _missing()):
+        return reason
+    if devices.current(kernel=True) is not None:
+        return "it is not run by the devices of a mesh"
+    checked = functools.partial(_checked, q, k, v, log_decay, beta, scale, initial_state)
+    (_, _, _, gates, strengths), state = jax.eval_shape(checked)
+    return _module(implementation).refusal(q, k, v, gates, strengths, state, chunk_size)
+
+
+def _module(implementation):
+    return importlib.import_module(f"attn_kernels.recurrence.{implementation}")
+
+
+def _missing() -> str | None:
+    """Why Triton kernels cannot be run, None if they can."""
+    for package in "triton", "jax_triton":
+        if importlib.util.find_spec(package) is None:
+            return f"it needs the package {package}"
+    return None
 
 
 def _checked(q, k, v, log_decay, beta, scale, initial_state):

@@ -1,0 +1,104 @@
+"""Sequences cut into parts, for as many programs as a device has places.
+
+What a part does to a state is affine, `S -> M S + N`: N is what it writes into no state, M scales
+the rows of a state by the decays of the part, or, with the delta rule, is what it makes of the
+identity. Parts are walked once for M and N, which are chained, and once more from the states that
+are then known. The cotangent of a state goes through `M^T`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from attn_kernels.recurrence.decay import matmul
+from attn_kernels.recurrence.triton import walk
+from attn_kernels.varying import varying
+
+PROCESSORS = 132  # of a device
+WARPS = 8  # that a processor has registers for
+SHORTEST = 1024  # steps of a part
+
+
+def number(length: int, state) -> int:
+    """Into how many parts sequences are cut."""
+    batch, heads, dim, width = state.shape
+    block, warps, _ = walk.FORWARD[walk.padded(dim)]
+    programs = batch * heads * -(-width // block)
+    places, parts = PROCESSORS * WARPS // warps // programs, 1
+    while 2 * parts <= places and length % (2 * parts * SHORTEST) == 0:
+        parts *= 2
+    return parts
+
+
+def forward(parts: int, q, k, v, state, scale: float, options, keep: bool):
+    """`walk`, and M."""
+    if parts == 1:
+        return *walk.walk(q, k, v, state, scale=scale, keep=keep, **options), None
+    q, k, v, options = _cut(parts, (q, k, v, options))
+    empty = _zeros(parts, state)
+    _, written, _, _ = walk.walk(None, k, v, empty, outputs=False, **options)
+    change = _change(k, empty, options)
+    state = _chained(parts, change, written, state)
+    found = walk.walk(q, k, v, state, scale=scale, keep=keep, **options)
+    out, last, states, written = found
+    last = last.reshape(-1, parts, *last.shape[1:])[:, -1]
+    return _joined(parts, out), last, _joined(parts, states), _joined(parts, written), change
+
+
+def backward(parts: int, q, k, d_out, d_last, scale: float, options, change):
+    """`walk_back`."""
+    if parts == 1:
+        return walk.walk_back(q, k, d_out, d_last, scale=scale, **options)
+    q, k, d_out, options = _cut(parts, (q, k, d_out, options))
+    empty = _zeros(parts, d_last)
+    _, read, _ = walk.walk_back(q, k, d_out, empty, scale=scale, keep=False, **options)
+    d_last = _chained(parts, change, read, d_last, reverse=True)
+    dv, d_first, d_states = walk.walk_back(q, k, d_out, d_last, scale=scale, **options)
+    d_first = d_first.reshape(-1, parts, *d_first.shape[1:])[:, 0]
+    return _joined(parts, dv), d_first, _joined(parts, d_states)
+
+
+def _cut(parts, tree):
+    """`[B, T, ...]` to `[B parts, T / parts, ...]`."""
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[1] // parts, *x.shape[2:]), tree)
+
+
+def _joined(parts, x):
+    return None if x is None else x.reshape(-1, parts * x.shape[1], *x.shape[2:])
+
+
+def _zeros(parts, state):
+    return varying(jnp.zeros((parts * state.shape[0], *state.shape[1:]), state.dtype), state)
+
+
+def _change(k, state, options):
+    """M of every part: a number, `[B parts, H or 1, 1 or D, 1]`, or `[B parts, H, D, D]`."""
+    dim = state.shape[2]
+    if options.get("beta") is not None:
+        identity = state[..., :1] + jnp.eye(dim, dtype=state.dtype)
+        return walk.walk(None, k, None, identity, outputs=False, **options)[1]
+    if options.get("totals") is not None:
+        change = options["totals"].prod(1)[..., None]
+    elif options.get("gates") is not None:
+        change = jnp.exp(jnp.maximum(options["gates"], walk.FORGOTTEN.value).sum(1))
+        change = change[..., None, None]
+    else:
+        return jnp.ones((state.shape[0], 1, 1, 1), state.dtype)
+    return jnp.repeat(change, state.shape[1] // change.shape[1], 1)
+
+
+def _chained(parts, change, found, state, reverse=False):
+    """The states before all parts; in reverse, their cotangents behind all parts."""
+
+    def apart(x):
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def body(state, part):
+        change, found = part
+        if change.shape[-1] > 1:
+            moved = matmul(change.mT if reverse else change, state)
+        else:
+            moved = change * state
+        return moved + found, state
+
+    _, states = jax.lax.scan(body, state, (apart(change), apart(found)), reverse=reverse)
+    return jnp.moveaxis(states, 0, 1).reshape(-1, *state.shape[1:])

@@ -1,0 +1,230 @@
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn_kernels.recurrence import linear_attention
+
+pytest.importorskip("jax_triton")
+triton_report = pytest.importorskip("triton_report")
+
+GATES = -np.inf, -1e4, -50, -1e-4, 0
+ROUNDING = 2**-7  # of bfloat16, in which products are taken
+
+
+def inputs(write, decay, length, dim=40, width=24, dtype=jnp.bfloat16):
+    """Grouped heads, keys of norm 1 and, where there are gates, mixtures of all of them."""
+    rng = np.random.default_rng(length)
+
+    def normal(heads, dim):
+        return jnp.asarray(rng.normal(size=(1, length, heads, dim)), dtype)
+
+    arrays = dict(q=normal(2, dim), k=normal(1, dim), v=normal(2, width))
+    arrays["initial_state"] = jnp.asarray(rng.normal(size=(1, 2, dim, width)), jnp.float32)
+    if decay != "none":
+        shape = (1, length, 2) if decay == "head" else (1, length, 2, dim)
+        gates = rng.choice(GATES, shape, p=(0.02, 0.02, 0.02, 0.5, 0.44))
+        arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
+    if write == "delta":
+        arrays["k"] /= jnp.linalg.norm(arrays["k"].astype(jnp.float32), axis=-1, keepdims=True)
+        arrays["k"] = arrays["k"].astype(dtype)
+        arrays["beta"] = jnp.asarray(rng.uniform(size=(1, length, 1)), jnp.float32)
+    return arrays
+
+
+def everything(arrays, **options):
+    """Output, last state and the gradients of every argument, with cotangents on both."""
+
+    def weigh(x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
+
+    def loss(arrays):
+        results = linear_attention(**arrays, return_state=True, **options)
+        return weigh(results[0]) + weigh(results[1]), results
+
+    return jax.grad(loss, has_aux=True)(arrays)
+
+
+def check(arrays, form="recurrent", **options):
+    """The kernel errs at most twice as much as XLA in the same precision."""
+    got = jax.jit(functools.partial(everything, implementation="triton", **options))(arrays)
+    base = jax.jit(functools.partial(everything, form=form, **options))(arrays)
+    with jax.enable_x64(True):
+        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
+        exact = jax.jit(functools.partial(everything, form=form, **options))(high)
+    for (path, a), b, c in zip(
+        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
+    ):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        bound = 2 * np.abs(b - c).max() + ROUNDING * np.abs(c).max()
+        assert np.abs(a - c).max() <= bound, path
+
+
+@pytest.mark.parametrize("write", ["additive", "delta"])
+@pytest.mark.parametrize("decay", ["none", "head"])
+def test_error_budget(write, decay):
+    """In Triton's interpreter where there is no GPU, on lengths that fill no chunk."""
+    check(inputs(write, decay, 140))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", ["additive", "delta"])
+@pytest.mark.parametrize("length", [1, 64, 70])
+@pytest.mark.parametrize("dim, width", [(128, 128), (40, 200), (256, 32)])
+def test_error_budget_of_sizes(write, length, dim, width):
+    first = inputs(write, "head", length, dim, width)
+    # Of one step beta has one derivative a row, a sum that may happen to cancel.
+    last = dict(first, v=2 * first["v"], initial_state=first["initial_state"][:, ::-1])
+    check({n: jnp.concatenate([x, x[:, ::-1], last[n]]) for n, x in first.items()})
+
+
+@pytest.mark.parametrize("write", ["additive", "delta"])
+def test_float16(write):
+    check(inputs(write, "head", 70, dtype=jnp.float16))
+
+
+@pytest.mark.parametrize("write", ["additive", "delta"])
+def test_segments(write):
+    ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] + [2] * 70 + [-1] + [0] * 8])
+    check(inputs(write, "head", ids.size), segment_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "write, decay",
+    [("additive", "none"), ("additive", "head"), ("additive", "channel"), ("delta", "head")],
+)
+def test_long_sequences_are_cut_into_parts(monkeypatch, write, decay):
+    from attn_kernels.recurrence.triton import parts
+
+    monkeypatch.setattr(parts, "SHORTEST", 64)
+    monkeypatch.setattr(parts, "PROCESSORS", 4 * 2)
+    arrays = {n: jnp.concatenate([x, x[:, ::-1]]) for n, x in inputs(write, decay, 256).items()}
+    assert parts.number(256, arrays["initial_state"]) == 4
+    check(arrays)
+
+
+def test_is_mapped():
+    """`jax.vmap` over some arguments equals a loop, for outputs and derivatives."""
+    arrays = inputs("delta", "head", 70)
+    several = dict(arrays, v=jnp.stack([arrays["v"], -2 * arrays["v"]]))
+    axes = {name: 0 if name == "v" else None for name in arrays}
+    run = jax.jit(functools.partial(everything, implementation="triton"))
+    got = jax.jit(jax.vmap(run, (axes,)))(several)
+    want = [run(dict(arrays, v=v)) for v in several["v"]]
+    want = jax.tree.map(lambda *x: jnp.stack(x), *want)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU")
+@pytest.mark.parametrize("write", ["additive", "delta"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+@pytest.mark.parametrize("length, dim", [(4096, 64), (4096, 128), (1024, 256)])
+def test_programs_that_fill_a_gpu(write, decay, length, dim):
+    """Races would show: outputs and derivatives are right, and the same whenever they are run."""
+    if (write, decay) == ("delta", "channel"):
+        pytest.skip("there is no such kernel")
+    arrays = inputs(write, decay, length, dim, dim)
+    arrays = {n: jnp.concatenate([x, x[:, ::-1]] * 32) for n, x in arrays.items()}
+    run = jax.jit(functools.partial(everything, implementation="triton"))
+    jax.tree.map(np.testing.assert_array_equal, run(arrays), run(arrays))
+    check({n: x[:2] for n, x in arrays.items()}, form="chunk")
+
+
+def test_scale_has_a_derivative():
+    arrays = inputs("delta", "head", 5)
+
+    def loss(scale, **options):
+        out = linear_attention(**arrays, scale=scale, **options)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    got, want = (
+        jax.grad(functools.partial(loss, **options))(jnp.float32(0.3))
+        for options in ({"implementation": "triton"}, {"form": "recurrent"})
+    )
+    np.testing.assert_allclose(got, want, rtol=4 * ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(v=jnp.ones((1, 7, 2, 24))), "bfloat16"),
+        (dict(chunk_size=32), "chunk_size"),
+        (dict(form="parallel"), "form"),
+    ],
+    ids=["dtype", "chunk", "form"],
+)
+def test_refusals(change, match):
+    call = {**inputs("delta", "head", 7), "implementation": "triton", **change}
+    with pytest.raises(NotImplementedError, match=match):
+        linear_attention(**call)
+
+
+def launches(monkeypatch, write, decay, dim, width):
+    """Whatever kernels a call and its gradient launch: names of types, constants and sizes."""
+    from attn_kernels.recurrence.triton import delta, walk
+
+    kinds = dict(bfloat16="*bf16", float32="*fp32")
+    found = {}
+
+    def launch(kernel, arrays, results, grid, warps, stages, **constants):
+        given = *(q if x is None else x for x in arrays), *results
+        types = ("*fp32" if x is None else kinds[x.dtype.name] for x in given)
+        types = dict(zip(inspect.signature(kernel.fn).parameters, types))
+        key = kernel.fn.__name__, *constants.items()
+        found[key] = kernel, types, constants, warps, stages
+        return [None if x is None else jnp.zeros(x.shape, x.dtype) for x in results]
+
+    for module in delta, walk:
+        monkeypatch.setattr(module, "launch", launch)
+    arrays = inputs(write, decay, 1024, dim, width)
+    q = arrays["q"]
+    jax.eval_shape(functools.partial(everything, implementation="triton"), arrays)
+    jax.eval_shape(functools.partial(linear_attention, implementation="triton"), **arrays)
+    return found.values()
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "write, decay, dim, width",
+    [
+        ("delta", "head", 128, 128),
+        *(
+            pytest.param(write, decay, dim, dim, marks=pytest.mark.slow)
+            for write in ("additive", "delta")
+            for decay in ("none", "head")
+            for dim in (64, 128, 256)
+        ),
+    ],
+)
+def test_compiles_without_a_gpu(monkeypatch, capability, write, decay, dim, width):
+    """By Triton's own compiler; registers, bytes of spills and of shared memory are printed."""
+    for kernel, *args in launches(monkeypatch, write, decay, dim, width):
+        found = triton_report.report(kernel, *args, capability)
+        print(f"sm_{capability}", kernel.fn.__name__, args[-2:], found)
+        assert found["shared"] <= triton_report.SHARED[capability]
+
+
+@pytest.mark.parametrize(
+    "write, decay, dtype, taken",
+    [
+        ("additive", "channel", jnp.bfloat16, True),
+        ("delta", "none", jnp.float16, True),
+        ("delta", "head", jnp.bfloat16, False),
+        ("additive", "head", jnp.float32, False),
+    ],
+)
+def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch, write, decay, dtype, taken):
+    from attn_kernels import gpu
+    from attn_kernels.recurrence import triton as kernels
+
+    served, chunked = [], kernels.chunked
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(
+        kernels, "chunked", lambda *args, **kwargs: served.append(args) or chunked(*args, **kwargs)
+    )
+    linear_attention(**inputs(write, decay, 9, 16, 16, dtype))
+    assert len(served) == taken

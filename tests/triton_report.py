@@ -1,0 +1,44 @@
+"""What Triton's compiler makes of a kernel for a GPU that need not be there."""
+
+import inspect
+import pathlib
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program can have
+TOOL = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def report(kernel, types, constants, warps, stages, capability):
+    """Registers of a thread, bytes of its stack, to which registers spill, and of shared memory.
+
+    Args:
+      kernel: of `triton.jit`.
+      types: those of its pointers, by name, such as "*bf16".
+      constants: its other parameters, by name.
+      warps, stages: as of a launch.
+      capability: 80 or 90.
+    """
+    names = list(inspect.signature(kernel.fn).parameters)
+    source = ASTSource(
+        kernel,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(i,): constants[n] for i, n in enumerate(names) if n not in types},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in types},
+    )
+    options = dict(num_warps=warps, num_stages=stages)
+    # jax_triton takes the place of binaries away.
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        file = pathlib.Path(folder, "cubin")
+        file.write_bytes(binary.asm["cubin"])
+        command = [TOOL, "-res-usage", file]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {n: int(re.search(rf"{n}:(\d+)", text)[1]) for n in ("REG", "STACK")}
+    return dict(registers=found["REG"], stack=found["STACK"], shared=binary.metadata.shared)
