@@ -2,15 +2,17 @@
 
 Every case (mechanism, implementation, sizes, pass) is timed against the limit of the device, which
 is measured in the same run: a large matrix product and a large copy. A mechanism is a row of the
-catalogue, or one of `experiments/programs.py`. The workdir receives `cases.jsonl`, a line a case as
-it is done, `benchmark.json` and `benchmark.png`. The same command continues a run that was
+catalogue or, in `config.groups`, one of `experiments/programs.py`. All are compiled before the
+first is timed; other libraries come last. The workdir receives `cases.jsonl`, a line a case as it
+is done, `benchmark.json` and `benchmark.png`. The same command continues a run that was
 interrupted. Presets are in `experiments/configs/benchmark.py`.
 
 FLOPs are those of the pairs that the mask allows, bytes those of inputs and outputs alone, and the
 fraction of the limit is the least time that the device needs for either, over the time it took.
 Printed last is, of mechanisms, how times grow with length and from which length on they are faster
-than `config.baseline`; of programs, how fast they are beside other implementations, and how near to
-the rate of their plain program.
+than `config.baseline`; of programs, how fast they are beside other implementations, how near to
+the rate of their plain program, and from which length on they are faster than each implementation
+of the baseline.
 """
 
 from __future__ import annotations
@@ -39,29 +41,22 @@ from attn_lab.ops import as_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
 from experiments import peers
-from experiments.growth import SERIES, growth
-from experiments.programs import PROGRAMS, Program, program
+from experiments.growth import SERIES, crossovers, fastest, growth
+from experiments.programs import Program, program
 from experiments.ratios import ratios
-
-PASSES = "forward", "forward_backward"
-CUDNN = "cudnn"
-COLUMNS = (
-    ("mechanism", "mechanism", "<33", None),
-    ("implementation", "implementation", "<14", None),
-    ("pass", "pass", "<16", None),
-    ("length", "length", ">7", 1),
-    ("batch", "batch", ">5", 1),
-    ("head_dim", "dim", ">4", 1),
-    ("milliseconds", "min, ms", ">10.3f", 1),
-    ("median_milliseconds", "median, ms", ">10.3f", 1),
-    ("flops", "GFLOP", ">10.3f", 1e9),
-    ("bytes", "MB", ">9.2f", 1e6),
-    ("temporary_megabytes", "temp, MB", ">10.1f", 1),
-    ("teraflops_per_second", "TFLOP/s", ">9.3g", 1),
-    ("gigabytes_per_second", "GB/s", ">9.3g", 1),
-    ("least_milliseconds", "limit, ms", ">10.3g", 1),
-    ("fraction_of_limit", "of limit", ">9.3g", 1),
+from experiments.report import (
+    HEAD,
+    PASSES,
+    Lines,
+    crossover_line,
+    growth_line,
+    line_of,
+    plot,
+    plot_rates,
+    ratio_line,
 )
+
+CUDNN = "cudnn"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +87,11 @@ class Case:
     @property
     def of_peer(self) -> bool:
         return isinstance(self.call, str)
+
+    @property
+    def place(self) -> tuple[str, Sizes]:
+        """What cases of the same arguments have in common."""
+        return self.row.name, self.sizes
 
     @property
     def backward(self) -> bool:
@@ -128,8 +128,8 @@ def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Any]:
     return found
 
 
-def groups(config: ConfigDict) -> list[list[Case]]:
-    """The cases of a config, those together that have their sizes in common.
+def cases(config: ConfigDict) -> list[Case]:
+    """The cases of a config, those of other libraries last.
 
     Raises:
       ValueError: a mechanism, an implementation or a pass is unknown.
@@ -146,11 +146,9 @@ def groups(config: ConfigDict) -> list[list[Case]]:
     known, missing, found = set(), {}, []
     for group in config.groups or [{"length": length} for length in config.lengths]:
         part = ConfigDict(as_dict(config) | group)
-        found.append([])
         own = []
         for name in (part.mechanisms or part.families[part.family]).split(","):
-            in_programs = name.split("-")[0] in PROGRAMS
-            row = program(name, part.length) if in_programs else find(name)
+            row = program(name, part.length) if config.groups else find(name)
             own.append((row, implementations(row, part)))
         known |= {name for _, calls in own for name in calls}
         wanted = [name for name in part.implementations.split(",") if name]
@@ -167,7 +165,7 @@ def groups(config: ConfigDict) -> list[list[Case]]:
             )
             for name, call in calls.items():
                 for kind in part.passes if not wanted or name in wanted else ():
-                    found[-1].append(Case(row, row.fit(sizes), name, call, kind))
+                    found.append(Case(row, row.fit(sizes), name, call, kind))
     for name in missing:
         if name not in known:
             needs = {
@@ -179,7 +177,7 @@ def groups(config: ConfigDict) -> list[list[Case]]:
                 f"implementation {name!r} is not there; choose of {', '.join(sorted(known))}"
                 + needs.get(name, "")
             )
-    return found
+    return sorted(found, key=lambda case: case.of_peer)
 
 
 def flops_of(row: Mechanism, sizes: Sizes, causal: bool) -> float:
@@ -205,6 +203,11 @@ def example(config: ConfigDict, case: Case) -> dict[str, jax.Array]:
     return case.row.example(case.sizes, jax.random.key(0), jnp.dtype(config.dtype))
 
 
+def compiled_example(config: ConfigDict, case: Case) -> Callable[[], dict[str, jax.Array]]:
+    """The program that makes the arguments of a case."""
+    return jax.jit(functools.partial(example, config, case)).lower().compile()
+
+
 def compiled(config: ConfigDict, case: Case) -> Any:
     """The program of a case, or why there is none."""
     causal = pattern(config, case.row)
@@ -220,7 +223,7 @@ def compiled(config: ConfigDict, case: Case) -> Any:
     arrays = jax.eval_shape(functools.partial(example, config, case))
     try:
         return jax.jit(both if case.backward else forward).lower(arrays).compile()
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # of compilers of kernels, whose errors have no base in common
         return failure(error)
 
 
@@ -238,24 +241,28 @@ def work_of(config: ConfigDict, case: Case) -> dict[str, float]:
     return {"flops": flops, "bytes": case.row.bytes(case.sizes, config.dtype)}
 
 
-def measure(config: ConfigDict, case: Case, program: Any) -> dict[str, Any]:
+def measure(
+    config: ConfigDict, case: Case, program: Any, arrays: Mapping[str, jax.Array]
+) -> dict[str, Any]:
     """Time and memory of a case.
 
     Args:
       config: of the benchmark.
       case: what to time.
       program: from `compiled`; of a peer a forward pass of ours to compare it with, or None.
+      arrays: the arguments.
 
     Returns:
-      `error` and `reason` where it does not fit into memory or is refused.
+      `error` and `reason` where it does not fit into memory, is refused or is not tuned in
+      `config.tuning` seconds.
     """
     if isinstance(program, dict):
         return program
     memory = {}
     try:
-        arrays = example(config, case)
         if case.of_peer:
-            timed, memory = peers.prepare(case.row, arrays, case.backward, case.constants, program)
+            given = case.row, arrays, case.backward, case.constants
+            timed, memory = peers.prepare(*given, program, config.tuning)
             seconds = timings(timed, config.repeats)
         else:
             temporary = program.memory_analysis().temp_size_in_bytes
@@ -265,45 +272,86 @@ def measure(config: ConfigDict, case: Case, program: Any) -> dict[str, Any]:
                 reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
                 return {"error": "out of memory", "reason": reason, **memory}
             seconds = timings(lambda: program(arrays), config.repeats)
+    except TimeoutError as error:
+        return {"error": "too slow to tune", "reason": str(error)}
     except RuntimeError as error:
         found = failure(error)
         if found["error"] == "refused" and not case.of_peer:
             raise
         return found | memory
-    return {
-        "milliseconds": 1e3 * min(seconds),
-        "median_milliseconds": 1e3 * statistics.median(seconds),
-        **memory,
-    }
+    milliseconds = 1e3 * min(seconds)
+    found = {"milliseconds": milliseconds, "median_milliseconds": 1e3 * statistics.median(seconds)}
+    if isinstance(case.row, Program) and case.row.steps:
+        found["microseconds_a_step"] = 1e3 * milliseconds / case.row.steps
+    return found | memory
 
 
-def results(config: ConfigDict, cases: list[Case]) -> Iterator[dict[str, Any]]:
-    """Compiles all cases and times them one by one, as measured rows."""
-    own = [case for case in cases if not case.of_peer]
-    one_of = {case.row.name: case for case in cases}
+def too_slow(config: ConfigDict, case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Why a case is left out after what smaller ones took, or nothing."""
+    same = [row for row in rows if all(row[name] == case.key[name] for name in SERIES)]
+    slowest = max((row.get("milliseconds", 0) for row in same), default=0)
+    if slowest <= 1e3 * config.patience:
+        return {}
+    reason = f"{slowest / 1e3:.1f} s at a smaller length, above patience={config.patience}"
+    return {"error": "too slow", "reason": reason}
+
+
+def results(
+    config: ConfigDict, todo: list[Case], rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Compiles all cases and times them one by one, as measured rows; other libraries later.
+
+    Args:
+      config: of the benchmark.
+      todo: the cases.
+      rows: of cases that are done, by which others are left out; it may grow meanwhile.
+    """
+    own = [case for case in todo if not case.of_peer]
+    others = [case for case in todo if case.of_peer]
+    one_of = {case.place: case for case in todo}
     # Compilation beside them would disturb the times.
     with ThreadPoolExecutor(config.threads) as pool:
         work = pool.map(functools.partial(work_of, config), one_of.values())
+        examples = pool.map(functools.partial(compiled_example, config), one_of.values())
         programs = list(pool.map(functools.partial(compiled, config), own))
-        work = dict(zip(one_of, work))
-    forward = {c.row.name: p for c, p in zip(own, programs) if not c.backward}
-    programs = iter(programs)
-    for case in cases:
-        if case.of_peer:
-            program = forward.get(case.row.name)
-            program = None if isinstance(program, dict) else program
-        else:
-            program = next(programs)
-        row = case.key | measure(config, case, program)
+        work, examples = dict(zip(one_of, work)), dict(zip(one_of, examples))
+    place, arrays = None, None
+
+    def timed(case, program):
+        nonlocal place, arrays
+        found = too_slow(config, case, rows)
+        if not found and case.place != place and not isinstance(program, dict):
+            arrays = None  # before others take their memory
+            place, arrays = case.place, examples[case.place]()
+        row = case.key | (found or measure(config, case, program, arrays))
         if isinstance(case.row, Program):
             row["plain"] = case.row.plain
         if "error" not in row:
             # A backward pass computes scores again and has four products more: 5 beside the 2 of
             # forward.
-            flops, moved = work[case.row.name].values()
+            flops, moved = work[case.place].values()
             row["flops"] = flops * (3.5 if case.backward else 1)
             row["bytes"] = moved * (2 if case.backward else 1)
-        yield row
+        return row
+
+    yield from map(timed, own, programs)
+    compile_others(config, others)
+    forward = {c.place: p for c, p in zip(own, programs) if not (c.backward or isinstance(p, dict))}
+    for case in others:
+        yield timed(case, forward.get(case.place))
+
+
+def compile_others(config: ConfigDict, cases: list[Case]) -> None:
+    """Compiles the kernels of the libraries that would compile one after the other."""
+    apart = {}
+    # They do not depend on batch and length, and a backward pass has those of forward.
+    for case in sorted(cases, key=lambda case: not case.backward):
+        if case.call == peers.FLA:
+            apart.setdefault((case.row.name, case.sizes.H, case.sizes.D), case)
+    with ThreadPoolExecutor(config.threads) as pool:
+        for case in apart.values():
+            given = case.row, case.sizes, config.dtype, case.backward, config.tuning
+            pool.submit(peers.compile_apart, *given)
 
 
 def with_rates(row: dict[str, Any], limit: Mapping[str, float]) -> dict[str, Any]:
@@ -311,12 +359,15 @@ def with_rates(row: dict[str, Any], limit: Mapping[str, float]) -> dict[str, Any
     if "error" in row:
         return row
     seconds = row["milliseconds"] / 1e3
-    needed = max(row[name] / limit[f"{name}_per_second"] for name in ("flops", "bytes"))
+    needed = {name: row[name] / limit[f"{name}_per_second"] for name in ("flops", "bytes")}
+    bound = max(needed, key=needed.get)
     return row | {
         "teraflops_per_second": row["flops"] / seconds / 1e12,
         "gigabytes_per_second": row["bytes"] / seconds / 1e9,
-        "least_milliseconds": 1e3 * needed,
-        "fraction_of_limit": needed / seconds,
+        "bound": bound,
+        "least_milliseconds": 1e3 * needed[bound],
+        "fraction_of_limit": needed[bound] / seconds,
+        "fraction_of_bandwidth": needed["bytes"] / seconds,
     }
 
 
@@ -372,47 +423,21 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
       ValueError: a mechanism, an implementation or a pass is unknown, or the workdir holds cases of
         another config or device; then nothing on disk has changed.
     """
-    todo = groups(config)
+    todo = cases(config)
     device = jax.devices()[0].device_kind
     workdir = claim_workdir(workdir, as_dict(config) | {"device": device})
-    path = workdir / "cases.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
-    path.write_text("".join(whole))
-
-    def keep(row):
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def add(row):
-        rows.append(row)
-        keep(row)
-        print(line_of(row), flush=True)
-
-    if whole:
-        limit, *rows = (json.loads(line) for line in whole)
-    else:
-        limit, rows = limits(config.dtype, config.repeats), []
-        keep(limit)
-    print("  ".join(f"{name:{form.split('.')[0]}}" for _, name, form, _ in COLUMNS).rstrip())
+    kept = Lines(workdir / "cases.jsonl")
+    if not kept.rows:
+        kept.append(limits(config.dtype, config.repeats))
+    limit, *rows = kept.rows
+    print(HEAD)
     for row in rows:
         print(line_of(row))
-    for group in todo:
-        left = []
-        for case in group:
-            if any(case.key.items() <= row.items() for row in rows):
-                continue
-            same = [row for row in rows if all(row[name] == case.key[name] for name in SERIES)]
-            slowest = max((row.get("milliseconds", 0) for row in same), default=0)
-            if slowest > 1e3 * config.patience:
-                reason = (
-                    f"{slowest / 1e3:.1f} s at a smaller length, above patience={config.patience}"
-                )
-                add(case.key | {"error": "too slow", "reason": reason})
-            else:
-                left.append(case)
-        for row in results(config, left):
-            add(with_rates(row, limit))
+    left = [c for c in todo if not any(c.key.items() <= row.items() for row in rows)]
+    for row in results(config, left, rows):
+        rows.append(with_rates(row, limit))
+        kept.append(rows[-1])
+        print(line_of(rows[-1]), flush=True)
     result = {
         "device": device,
         "versions": {
@@ -427,119 +452,19 @@ def benchmark(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
         "rows": rows,
     }
     if config.groups:
-        result["ratios"] = ratios(rows)
-        print("\n".join(map(ratio_line, result["ratios"])))
+        best = fastest(rows, config.baseline)
+        crossed = crossovers(best, config.baseline)
+        result |= {"ratios": ratios(rows), "crossovers": crossed}
+        said = *map(ratio_line, result["ratios"]), *map(crossover_line, crossed)
+        drawn, draw = (best, plot) if crossed else (rows, plot_rates)
     else:
         result["growth"] = growth(rows, config.baseline)
-        print("\n".join(map(growth_line, result["growth"])))
+        said = map(growth_line, result["growth"])
+        drawn, draw = rows, plot
+    print(*said, sep="\n")
     (workdir / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
-    (plot_rates if config.groups else plot)(rows, workdir / "benchmark.png")
+    draw(drawn, workdir / "benchmark.png")
     return result
-
-
-def line_of(row: Mapping[str, Any]) -> str:
-    """A line of the table."""
-    cells = []
-    for key, _, form, unit in COLUMNS:
-        if key not in row:
-            cells.append(f"{'-':{form.split('.')[0]}}")
-        else:
-            cells.append(f"{row[key] / unit if '.' in form else row[key]:{form}}")
-    return "  ".join([*cells, row.get("error", "")]).rstrip()
-
-
-def growth_line(entry: Mapping[str, Any]) -> str:
-    """A sentence on how one series grows."""
-    said = " ".join(entry[name] for name in SERIES) + ":"
-    if "exponent" in entry:
-        said += " {milliseconds_per_1024:.3g} ms per 1,024 positions".format(**entry)
-        said += " (R^2 {r_squared:.4f}), exponent {exponent:.2f} at the end".format(**entry)
-    if "crossover" in entry:
-        length = entry["crossover"]
-        said += "; never" if length is None else f"; from length {length:,.0f} on"
-        said += " faster than the baseline"
-    return said
-
-
-def ratio_line(entry: Mapping[str, Any]) -> str:
-    """A sentence on how fast a program is beside others."""
-    said = "{mechanism} {implementation} {pass}, {length:,} x {head_dim}:".format(**entry)
-    parts = [f"{x:.2f} times as fast as {name}" for name, x in entry["times_faster"].items()]
-    if entry["of_plain"]:
-        parts.append(f"{entry['of_plain']:.3f} of its plain program's rate")
-    return f"{said} {', '.join(parts)}"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds and temporary memory over the length, a line for every implementation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in rows)]
-    names = list(dict.fromkeys((row["mechanism"], row["implementation"]) for row in rows))
-    lengths = sorted({row["length"] for row in rows})
-    figure = Figure(figsize=(5 + 5 * len(kinds), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 1 + len(kinds))
-    panels = [(kind, "milliseconds") for kind in kinds] + [(kinds[-1], "temporary_megabytes")]
-    for ax, (kind, key) in zip(axes, panels):
-        ax.set(xscale="log", yscale="log", title=kind.replace("_", " + "))
-        for n, name in enumerate(names):
-            own = [
-                row
-                for row in rows
-                if (row["mechanism"], row["implementation"]) == name and row["pass"] == kind
-            ]
-            label = " ".join(name).replace("_", " ")
-            lost = [row["length"] for row in own if "error" in row]
-            if lost:
-                reason = next(row["error"] for row in own if "error" in row)
-                label += f" ({reason} at {min(lost):,})"
-            points = [(row["length"], row[key]) for row in own if key in row and "error" not in row]
-            style = dict(color=f"C{n % 10}", marker="osD^vPX*"[n % 8], ls=("-", "--")[n % 2])
-            ax.plot(*(zip(*points) if points else ([], [])), label=label, alpha=0.8, **style)
-        short = (f"{n // 1024}k" if n % 1024 == 0 else f"{n}" for n in lengths)
-        ax.set_xticks(lengths, list(short))
-        ax.xaxis.set_minor_formatter("")
-        ax.set(xlabel="length", ylabel=key.replace("_", " "))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def plot_rates(rows: list[dict[str, Any]], path: Path) -> None:
-    """TFLOP/s of every program and shape, a bar for every implementation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kinds = [kind for kind in PASSES if any(row["pass"] == kind for row in rows)]
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    places = "mechanism", "length", "head_dim", "batch", "heads"
-    places = list(dict.fromkeys(tuple(row[name] for name in places) for row in rows))
-    figure = Figure(figsize=(3 + 4.5 * len(kinds), 1.5 + 0.42 * len(places)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for ax, kind in zip(axes, kinds):
-        for n, name in enumerate(names):
-            found = {
-                (row["mechanism"], row["length"], row["head_dim"], row["batch"], row["heads"]): row
-                for row in rows
-                if (row["implementation"], row["pass"]) == (name, kind)
-            }
-            values = [found.get(p, {}).get("teraflops_per_second", 0) for p in places]
-            at = [i + (n - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(places))]
-            ax.barh(at, values, height=0.8 / len(names), label=name)
-        ax.set(title=kind.replace("_", " + "), xlabel="TFLOP/s of the pairs that the mask allows")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="x", alpha=0.25)
-    labels = [f"{p[0].replace('_', ' ')}, {p[1]:,} x {p[2]}" for p in places]
-    axes[0].set_yticks(range(len(places)), labels)
-    axes[0].invert_yaxis()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,50 @@ def growth(rows: Iterable[Mapping[str, Any]], baseline: str = "") -> list[dict[s
     return entries
 
 
+def fastest(rows: Iterable[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """The rows of the baseline, and of other mechanisms the fastest of every length and pass.
+
+    The latter have the implementation "fastest", and under `by` the one that it is.
+    """
+    best: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        name = row["implementation"] if row["mechanism"] == baseline else "fastest"
+        key = row["mechanism"], name, row["pass"], row["length"]
+        so_far = best.get(key, {}).get("milliseconds", math.inf)
+        if key not in best or row.get("milliseconds", math.inf) < so_far:
+            best[key] = row | {"implementation": name, "by": row["implementation"]}
+    return list(best.values())
+
+
+def crossovers(rows: Iterable[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """From which lengths on mechanisms are faster than each implementation of the baseline.
+
+    Args:
+      rows: from `fastest`.
+      baseline: a mechanism.
+
+    Returns:
+      For every other mechanism and pass, if the baseline has times of it, an entry whose
+      `crossover` is by the name of every implementation of the baseline, as of `growth`.
+    """
+    times: dict[tuple, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        own = times.setdefault(tuple(row[name] for name in SERIES), {})
+        own[row["length"]] = row.get("milliseconds", math.inf)
+    entries = []
+    for (mechanism, _, kind), own in times.items():
+        rivals = {
+            name: {n: other.get(n, math.inf) for n in own}
+            for (rival, name, of), other in times.items()
+            if (rival, of) == (baseline, kind) and min(other.values()) < math.inf
+        }
+        if mechanism != baseline and rivals:
+            found = {name: crossover(own, other) for name, other in rivals.items()}
+            entry = {"mechanism": mechanism, "pass": kind, "baseline": baseline}
+            entries.append(entry | {"crossover": found})
+    return entries
+
+
 def line(times: Mapping[int, float]) -> dict[str, float]:
     """The straight line through `times` by length, and the exponent at their end."""
     if len(times) < 3:

@@ -6,17 +6,26 @@ imported before it is used.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import importlib.util
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from attn_lab.catalogue import Mechanism
-from experiments.programs import BUCKETS, PROGRAMS, Program
+from attn_lab.catalogue import Mechanism, Sizes, find
+from experiments.programs import ATTENTIONS, BUCKETS, RECURRENCES, Program, program
 
 FLA, FLEX = "fla", "flex"
 BLOCK = 128  # of FlexAttention's block map
@@ -27,15 +36,20 @@ FUNCTIONS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "gated_linear_attention": ("gla", "chunk_gla", {"log_decay": "g"}),
     "delta_rule": ("delta_rule", "chunk_delta_rule", {}),
     "gated_delta_rule": ("gated_delta_rule", "chunk_gated_delta_rule", {"log_decay": "g"}),
+    "simple_gla": ("simple_gla", "chunk_simple_gla", {"log_decay": "g"}),
 }
-NORMALIZED_BY_SOFTMAX = set(PROGRAMS) - {"sigmoid"}
+FUNCTIONS |= {
+    kind: FUNCTIONS[row] for kind, (row, _) in RECURRENCES.items() if kind not in FUNCTIONS
+}
+NORMALIZED_BY_SOFTMAX = set(ATTENTIONS) - {"sigmoid"}
+SHORT = 256  # steps, of which kernels are compiled as for any number
 
 
 def peer_of(row: Mechanism) -> str | None:
     """The library that has the mechanism, if both it and a GPU are there."""
     if jax.default_backend() != "gpu":
         return None
-    if isinstance(row, Program):
+    if isinstance(row, Program) and row.kind in ATTENTIONS:
         there = row.kind in NORMALIZED_BY_SOFTMAX and importlib.util.find_spec("torch")
         return FLEX if there else None
     return FLA if row.name in FUNCTIONS and importlib.util.find_spec("fla") else None
@@ -43,17 +57,19 @@ def peer_of(row: Mechanism) -> str | None:
 
 def linear(row: Mechanism, tensors: Mapping[str, Any]) -> Callable[[], Any]:
     """A row by flash-linear-attention, as a function that gives `[B, T, H, D]`."""
-    import torch
-
     module, name, names = FUNCTIONS[row.name]
     function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
 
     def call():
         given = {names.get(name, name): x for name, x in tensors.items()}
-        if row.name != "linear_attention":
-            return function(**given)[0]
-        given |= {n: torch.nn.functional.elu(given[n]) + 1 for n in "qk"}
-        return function(**given, scale=1.0, normalize=True)[0]
+        if row.name == "linear":
+            given["normalize"] = False
+        if row.name == "linear_attention":
+            from torch.nn.functional import elu
+
+            given |= {"q": elu(given["q"]) + 1, "k": elu(given["k"]) + 1}
+            given |= {"scale": 1.0, "normalize": True}
+        return function(**given)[0]
 
     return call
 
@@ -170,7 +186,7 @@ class Call:
 
     Args:
       row: the mechanism, which has a `peer_of`.
-      arrays: the arguments, which stay where they are on the device.
+      arrays: the arguments, which stay where they are if that is the GPU.
       backward: whether a call also computes the gradients of the arguments.
       constants: arguments of which it does not.
     """
@@ -185,11 +201,11 @@ class Call:
         import torch
 
         self.torch, self.backward = torch, backward
-        tensors = {name: torch.from_dlpack(x).detach() for name, x in arrays.items()}
+        tensors = {name: torch.from_dlpack(x).detach().cuda() for name, x in arrays.items()}
         self.moving = [x for name, x in tensors.items() if name not in constants]
         for x in self.moving:
             x.requires_grad_(backward)
-        if isinstance(row, Program):
+        if row.name not in FUNCTIONS:
             # Another program's code would count as compiled again, of which there is a limit.
             torch._dynamo.reset()
             self.function = torch.compile(flex(row, tensors), dynamic=False)
@@ -198,10 +214,12 @@ class Call:
 
     def __call__(self) -> Call:
         """Starts the work; wait for the result by `block_until_ready`."""
-        with self.torch.set_grad_enabled(self.backward):
+        grad = self.torch.autograd
+        # In a thread of its own a backward pass would not hear of a time limit.
+        with grad.set_grad_enabled(self.backward), grad.set_multithreading_enabled(False):
             self.out = self.function()
             if self.backward:
-                self.torch.autograd.grad(self.out, self.moving, self.out)
+                grad.grad(self.out, self.moving, self.out)
         return self
 
     def block_until_ready(self) -> Call:
@@ -210,7 +228,6 @@ class Call:
 
     def temporary_bytes(self) -> int:
         """The most that a call holds beyond its arguments."""
-        self().block_until_ready()  # compiles
         self.out = None
         self.torch.cuda.reset_peak_memory_stats()
         before = self.torch.cuda.memory_allocated()
@@ -224,28 +241,87 @@ class Call:
         return float((self.out.float() - want).abs().max() / want.abs().max())
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside after so many seconds of the main thread, between bytecodes."""
+
+    def stop(*_):
+        raise TimeoutError(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def prepare(
     row: Mechanism,
     arrays: Mapping[str, jax.Array],
     backward: bool,
     constants: tuple[str, ...] = (),
     ours: Callable[[Mapping[str, jax.Array]], jax.Array] | None = None,
+    seconds: float = math.inf,
 ) -> tuple[Call, dict[str, Any]]:
-    """The peer's call, compiled, and what is to be recorded of it beside its time.
+    """The peer's call, compiled and tuned, and what is to be recorded of it beside its time.
 
     Args:
       row, arrays, backward, constants: as of `Call`.
       ours: a forward pass to compare it with.
+      seconds: that the first call may take.
 
     Raises:
       RuntimeError: the library refuses the call.
+      TimeoutError: the first call takes longer.
     """
     try:
         call = Call(row, arrays, backward, constants)
         call.torch.cuda.empty_cache()
+        with time_limit(seconds) if seconds < math.inf else contextlib.nullcontext():
+            call().block_until_ready()
         found = {"temporary_megabytes": call.temporary_bytes() / 1e6}
         if ours is not None and not backward:
             found["difference"] = call.difference(ours(arrays))
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
+    except (RuntimeError, TimeoutError):
+        raise
+    except Exception as error:  # of compilers, too, whose errors have no base in common
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     return call, found
+
+
+def compile_apart(
+    row: Mechanism, sizes: Sizes, dtype: str, backward: bool, seconds: float
+) -> subprocess.CompletedProcess | None:
+    """Compiles a recurrence's kernels by flash-linear-attention into the cache of Triton.
+
+    It is done in another process, so that many are at the same time. Which of the kernels are the
+    fastest is left to the process that has the GPU for itself.
+
+    Args:
+      row: the recurrence.
+      sizes: of its arguments; their length does not count.
+      dtype: of the arguments.
+      backward: whether the backward pass, too.
+      seconds: after which it ends.
+
+    Returns:
+      The process, None if the time was not enough.
+    """
+    sizes = dataclasses.replace(sizes, T=SHORT, S=SHORT)
+    given = json.dumps([row.name, dataclasses.asdict(sizes), dtype, backward])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "FLA_CACHE_RESULTS": "0"}
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "experiments.peers", given]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return subprocess.run(
+            command, env=environment, cwd=root, timeout=seconds, capture_output=True, text=True
+        )
+
+
+if __name__ == "__main__":
+    name, sizes, dtype, backward = json.loads(sys.argv[1])
+    row = program(name, SHORT) if name in RECURRENCES else find(name)
+    arrays = row.example(Sizes(**sizes), jax.random.key(0), jnp.dtype(dtype))
+    Call(row, arrays, backward)().block_until_ready()

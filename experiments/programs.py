@@ -1,34 +1,41 @@
-"""Programs of engine 1 that are no rows of the catalogue, to be timed like them.
+"""Programs of both engines that are no rows of the catalogue, to be timed like them.
 
 A program is named by its kind and numbers: `causal`, `window-1024`, `segments-8`,
-`neighborhood-256x256-13x13-8x16` (a grid, a kernel and a tile).
+`neighborhood-256x256-13x13-8x16` (a grid, a kernel and a tile). Recurrences are the engine's alone,
+without feature maps and normalisers; `step_gla` is as many steps of decoding as the length.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn_kernels.attention import ScoreMod, attention, operand, sigmoid, softmax_with_sink
-from attn_lab.catalogue import Mechanism
+from attn_kernels.recurrence import linear_attention, step
+from attn_lab.catalogue import Mechanism, find
 from attn_lab.catalogue.mechanism import ENGINE_1, QKV
 from attn_lab.ops import causal_mask, neighborhood_mask, segment_mask, sliding_window_mask
 
 BUCKETS = 32
+SLOWNESS = 16  # divides log decays, as in the layers of GLA
+UNROLLED = 8  # steps of decoding a turn of the loop: a loop of one copies the state
 
 
 @dataclasses.dataclass(frozen=True)
 class Program(Mechanism):
-    """A mask, a score modification and a normaliser.
+    """A mask, a score modification and a normaliser, a recurrence, or steps of one.
 
     Attributes:
       numbers: of its name.
-      plain: the program of unmodified scores to whose rate its own is compared.
+      plain: the program of unmodified scores to whose rate its own is compared, or "".
       constants: arguments of which no gradients are taken.
       fixed: whether a fixed kernel can compute it.
     """
@@ -42,16 +49,53 @@ class Program(Mechanism):
     def kind(self) -> str:
         return self.name.split("-")[0]
 
+    @property
+    def steps(self) -> int | None:
+        """The steps of decoding, if it is such."""
+        return self.settings.get("steps")
+
     def example(self, sizes, key, dtype=jnp.float32):
-        """As of a mechanism; parameters of heads are in float32."""
+        """As of a mechanism; states, and what has no axis of channels or keys, are in float32."""
         arrays = super().example(sizes, key, dtype)
-        return {n: x if x.ndim > 2 else x.astype(jnp.float32) for n, x in arrays.items()}
+        for name, x in arrays.items():
+            axes = set("".join(map(str, self.arguments[name][1])))
+            if name == "state" or not axes & set("DVS"):
+                arrays[name] = x.astype(jnp.float32)
+            if name == "log_decay":
+                arrays[name] = arrays[name] / SLOWNESS
+        return arrays
+
+    def bytes(self, sizes, dtype=jnp.bfloat16):
+        """As of a mechanism; of steps each reads and writes everything."""
+        return (self.steps or 1) * super().bytes(sizes, dtype)
 
 
 def attend(q, k, v, *, mask=None, parts=None, implementation=None, **operands):
     """Attention with the `parts` that are made of the operands."""
     parts = parts(**operands) if parts else {}
     return attention(q, k, v, mask=mask, implementation=implementation, **parts)
+
+
+def recur(q, k, v, *, log_decay=None, beta=None, **choice):
+    """The recurrence of engine 2, by the chosen form or implementation."""
+    return linear_attention(q, k, v, log_decay=log_decay, beta=beta, **choice)
+
+
+def retain(q, k, v, **choice):
+    """The recurrence whose head h keeps 1 - 2^(-5 - h) of its state at every step."""
+    log_decay = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(q.shape[2])))
+    return recur(q, k, v, log_decay=jnp.broadcast_to(log_decay, q.shape[:3]), **choice)
+
+
+def decode(state, q, k, v, *, steps, implementation=None, **gates):
+    """The state and the output after `steps` steps, every output being the next value."""
+
+    def one(_, carry):
+        state, v = carry
+        out, state = step(state, q, k, v, **gates, implementation=implementation)
+        return state, out
+
+    return jax.lax.fori_loop(0, steps, one, (state, v), unroll=UNROLLED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +117,21 @@ def _shifted(score, b, h, q_index, k_index, bias):
 
 
 def _bucketed(score, b, h, q_index, k_index, *table):
-    """The table's entry is chosen bit by bit: a kernel cannot look it up."""
-    distance = jnp.maximum(q_index - k_index, 0)
+    """The table's entry is that of the last bucket that has begun: a kernel cannot look it up."""
+    distance, entry = q_index - k_index, table[0]
+    for first, value in zip(_firsts()[1:], table[1:], strict=True):
+        entry = jnp.where(distance >= first, value, entry)
+    return score + entry
+
+
+@functools.cache
+def _firsts() -> tuple[int, ...]:
+    """The least distance of every bucket: half of them are single, others grow to 128."""
     near = BUCKETS // 2
-    # Half of the buckets are single distances, the others grow to a distance of 128.
-    grown = jnp.log(jnp.maximum(distance, 1) / near) * (near / math.log(128 / near))
-    far = jnp.minimum(near + grown.astype(jnp.int32), BUCKETS - 1)
-    bucket, bit = jnp.where(distance < near, distance, far), 0
-    while len(table) > 1:
-        upper = (bucket >> bit & 1) == 1
-        table = [jnp.where(upper, b, a) for a, b in zip(table[::2], table[1::2])]
-        bit += 1
-    return score + table[0]
+    distances = np.arange(1, 129, dtype=np.float32)
+    far = near + (np.log(distances / near) * np.float32(near / math.log(128 / near))).astype(int)
+    buckets = np.where(distances < near, distances, np.minimum(far, BUCKETS - 1)).astype(int)
+    return 0, *(1 + int(np.argmax(buckets >= n)) for n in range(1, BUCKETS))
 
 
 def _full(length):
@@ -151,7 +198,7 @@ def _neighborhood(length, shape, kernel, tile):
     return dict(plain="full", mask=neighborhood_mask(shape, kernel, tile=tile))
 
 
-PROGRAMS: Mapping[str, Callable[..., dict[str, Any]]] = {
+ATTENTIONS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "full": _full,
     "causal": _causal,
     "window": _window,
@@ -164,40 +211,83 @@ PROGRAMS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "segments": _segments,
     "neighborhood": _neighborhood,
 }
+# the row of the catalogue, and the arguments that are others
+RECURRENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear_attention", {}),
+    "retention": ("retention", {}),
+    "simple_gla": ("gated_linear_attention", {"log_decay": ("log_decay", "BTH")}),
+    "gla": ("gated_linear_attention", {}),
+    "delta": ("delta_rule", {}),
+    "gated_delta": ("gated_delta_rule", {}),
+}
+STEPS = {f"step_{kind}": kind for kind in RECURRENCES if kind != "retention"}
+KINDS = *ATTENTIONS, *RECURRENCES, *STEPS
+
+
+def _attention(kind, length, numbers):
+    found = ATTENTIONS[kind](length, *numbers)
+    parts = found.pop("parts", None)
+    mask = found.pop("mask", None if kind == "full" else causal_mask())
+    return ENGINE_1 | {
+        "function": attend,
+        "arguments": QKV | found.pop("arguments", {}),
+        "settings": {"mask": mask, "parts": parts},
+        "variants": (*ENGINE_1["variants"], {"implementation": "mosaic_gpu"}),
+        **found,
+    }
+
+
+def _recurrence(kind, length):
+    name, arguments = RECURRENCES[STEPS.get(kind, kind)]
+    row = find(name)
+    found = {
+        "function": retain if kind == "retention" else recur,
+        "arguments": {**row.arguments, **arguments},
+        "variants": (
+            {"form": "recurrent"},
+            {"implementation": "xla"},
+            {"implementation": "mosaic_gpu"},
+            {"implementation": "triton"},
+        ),
+        "flops": row.flops,
+        "plain": "",
+    }
+    if kind in STEPS:
+        # Outputs that are the next values stay small if keys and queries are.
+        units = {"q": ("unit", "BHD"), "k": ("unit", "BKD"), "v": ("normal", "BKV")}
+        gates = {n: (x, axes.replace("T", "")) for n, (x, axes) in found["arguments"].items()}
+        found |= {
+            "function": decode,
+            "arguments": {"state": ("normal", "BHDV"), **gates, **units},
+            "settings": {"steps": length},
+            "variants": ({"implementation": "xla"}, {"implementation": "triton"}),
+        }
+    return found
 
 
 def program(name: str, length: int) -> Program:
-    """The program of a name, causal unless it says otherwise.
+    """The program of a name; attention is causal unless it says otherwise.
 
     Raises:
       ValueError: the kind is unknown, its numbers are not what it takes, or a grid has not `length`
         tokens.
     """
     kind, *numbers = name.split("-")
-    if kind not in PROGRAMS:
-        raise ValueError(f"programs are {', '.join(PROGRAMS)}; got {kind!r}")
-    wanted = [*inspect.signature(PROGRAMS[kind]).parameters][1:]
+    if kind not in KINDS:
+        raise ValueError(f"programs are {', '.join(KINDS)}; got {kind!r}")
+    wanted = [*inspect.signature(ATTENTIONS.get(kind, _full)).parameters][1:]
     try:
         given = [tuple(int(n) for n in text.split("x")) for text in numbers]
     except ValueError:
         given = []
     if len(given) != len(wanted):
         raise ValueError(f"program {kind!r} is {'-'.join([kind, *wanted])}, got {name!r}")
-    found = PROGRAMS[kind](length, *given)
-    parts = found.pop("parts", None)
-    mask = found.pop("mask", None if kind == "full" else causal_mask())
-    engine = dict(ENGINE_1, family="program")
-    engine["variants"] = *ENGINE_1["variants"], {"implementation": "mosaic_gpu"}
+    in_attention = kind in ATTENTIONS
+    found = _attention(kind, length, given) if in_attention else _recurrence(kind, length)
     return Program(
-        name=name,
-        function=attend,
+        **{**found, "name": name, "family": "program", "causal": (False,)},
         title="",
         year=0,
         arxiv="",
-        arguments=QKV | found.pop("arguments", {}),
-        settings={"mask": mask, "parts": parts},
-        causal=(False,),
         numbers=tuple(given),
-        **engine,
-        **found,
     )

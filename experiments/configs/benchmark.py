@@ -8,9 +8,16 @@
   grow and where they cross. 6 minutes on 2 CPU cores.
 - h100: softmax and a window at lengths 2048 to 32,768 in bfloat16, with cuDNN beside them. 3
   minutes on one H100; the definition does not fit into memory at the greatest length.
-- recurrence_h100: five recurrences in chunks at length 8192 in bfloat16, batch 8, 16 heads of 128,
-  against flash-linear-attention, which must be installed (`fla-core`, PyTorch). 10 minutes on one
-  H100, most of them its tuning.
+- recurrence_h100: the raw recurrences of engine 2 by its kernels for GPUs in bfloat16, beside
+  flash-linear-attention, which must be installed (`fla-core`, PyTorch): batch x length x heads x
+  dimension 8 x 8192 x 16 x 128, 1 x 65,536 x 16 x 128, 32 x 2048 x 4 x 256 and 32 x 2048 x 4 x 64.
+  Most of the time is its tuning, for which a call has `config.tuning` seconds.
+- decoding_h100: steps of decoding for 32 heads of 128 at batch 1, 8 and 64, by XLA and by the
+  kernel: microseconds a step, of 256 steps in one loop and (length 1) of single calls. States of
+  the smaller batches stay in the cache of an H100, which is faster than its memory.
+- crossover_h100: forward and backward of causal softmax, by the kernel and by cuDNN, and of
+  recurrences by the fastest kernel, at lengths 512 to 65,536 of 65,536 tokens in all: from which
+  length on each recurrence is faster.
 - attention_h100: the kernel for Hopper GPUs at 32,768 tokens of 16 heads in bfloat16. Plain softmax
   beside cuDNN at lengths 4096 to 32,768 and head dimensions 64 to 256; at 8192 x 128 a soft cap,
   ALiBi, T5's table, a bias, sigmoid weights, sinks and segments beside PyTorch's FlexAttention,
@@ -18,8 +25,8 @@
 - neighborhood_h100: neighbourhoods of 64 x 64 and 13 x 13 on a grid of 256 x 256 tokens, and of
   18 x 24 x 24 on 30 x 48 x 80, in tiles of 128, beside dense attention and FlexAttention.
 
-The rows of the last two are programs of `experiments/programs.py` in `config.groups`; they print
-ratios in place of growth.
+The rows of all but the first three are programs of `experiments/programs.py` in `config.groups`;
+they print ratios in place of growth. All programs are compiled at first, by `config.threads`.
 
 `--family=recurrence` takes the recurrences of the preset, by their forms. `--config.mechanisms=a,b`
 takes rows of the catalogue instead, whatever the family, and `--config.implementations=xla` some
@@ -31,6 +38,17 @@ import math
 from ml_collections import ConfigDict
 
 TOKENS = 2**15
+PRESETS = (
+    "quick",
+    "recurrence",
+    "h100",
+    "recurrence_h100",
+    "decoding_h100",
+    "crossover_h100",
+    "attention_h100",
+    "neighborhood_h100",
+)
+RECURRENCES = "linear,retention,simple_gla,gla,delta,gated_delta"
 KERNELS = dict(
     implementations="mosaic_gpu,cudnn,flex",
     heads=16,
@@ -75,6 +93,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "passes": ("forward", "forward_backward"),
             "repeats": 3,
             "patience": 60.0,
+            "tuning": 180.0,
             "threads": 1,
         }
     )
@@ -88,16 +107,43 @@ def get_config(preset: str = "quick") -> ConfigDict:
             patience=5.0,
         )
     elif preset == "recurrence_h100":
+        shapes = (8, 8192, 16, 128), (1, 65536, 16, 128), (32, 2048, 4, 256), (32, 2048, 4, 64)
+        groups = [
+            {"batch": batch, "length": length, "heads": heads, "kv_heads": heads, "head_dim": dim}
+            for batch, length, heads, dim in shapes
+        ]
+        config.update(KERNELS)
         config.update(
-            mechanisms="linear_attention,retention,gated_linear_attention,delta_rule,gated_delta_rule",
-            implementations="chunk,fla",
-            lengths=(8192,),
-            batch=8,
-            heads=16,
-            kv_heads=16,
-            head_dim=128,
-            dtype="bfloat16",
-            repeats=5,
+            groups=tuple(groups),
+            mechanisms=RECURRENCES,
+            implementations="mosaic_gpu,triton,fla",
+        )
+    elif preset == "decoding_h100":
+        config.update(KERNELS)
+        config.update(
+            groups=tuple(
+                {"batch": batch, "length": steps} for batch in (1, 8, 64) for steps in (1, 256)
+            ),
+            mechanisms="step_linear,step_simple_gla,step_gla,step_delta,step_gated_delta",
+            implementations="xla,triton",
+            heads=32,
+            kv_heads=32,
+            passes=("forward",),
+        )
+    elif preset == "crossover_h100":
+        mixers = "linear,simple_gla,gla,delta,gated_delta"
+        config.update(KERNELS)
+        config.update(
+            groups=tuple(
+                {"length": length, "batch": 2**16 // length} | part
+                for length in (2**n for n in range(9, 17))
+                for part in (
+                    {"mechanisms": "causal", "implementations": "mosaic_gpu,cudnn"},
+                    {"mechanisms": mixers, "implementations": "mosaic_gpu,triton"},
+                )
+            ),
+            baseline="causal",
+            passes=("forward_backward",),
         )
     elif preset == "h100":
         config.update(
@@ -119,7 +165,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
                 "head_dim": dim,
             }
             for dim in (64, 128, 256)
-            for length in (4096, 8192, 16384, 32768)
+            for length in ((4096, 8192, 16384, 32768) if dim < 256 else (8192, 32768))
         ]
         modified = {
             "mechanisms": "causal,soft_cap-30,alibi,t5_table,bias,sigmoid,sinks,segments-8",
@@ -139,6 +185,5 @@ def get_config(preset: str = "quick") -> ConfigDict:
         ]
         config.update(groups=tuple(groups), **KERNELS)
     elif preset != "quick":
-        known = "quick, recurrence, recurrence_h100, h100, attention_h100 or neighborhood_h100"
-        raise ValueError(f"preset must be {known}, got {preset!r}")
+        raise ValueError(f"preset must be {', '.join(PRESETS)}; got {preset!r}")
     return config

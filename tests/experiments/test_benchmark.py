@@ -8,7 +8,7 @@ from attn_lab import ops
 from attn_lab.catalogue import Sizes, find
 from experiments import benchmark as module
 from experiments.benchmark import benchmark
-from experiments.configs.benchmark import get_config
+from experiments.configs.benchmark import PRESETS, get_config
 
 LIMIT = {"flops_per_second": 1e9, "bytes_per_second": 2e9}
 
@@ -70,13 +70,13 @@ def test_what_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     def exhausted(call, repeats):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nand a long story")
 
-    def measure(config, case, program):
+    def measure(config, case, program, arrays):
         with monkeypatch.context() as patch:
             if case.sizes.T == 16:
                 patch.setattr(module, "timings", exhausted)
             if case.sizes.T == 24:
                 patch.setattr(module, "free_bytes", lambda: 0)
-            return whole(config, case, program)
+            return whole(config, case, program, arrays)
 
     monkeypatch.setattr(module, "measure", measure)
     config = tiny(lengths=(16, 24, 32), passes=("forward_backward",), implementations="definition")
@@ -105,29 +105,54 @@ def test_another_failure_is_not_called_out_of_memory(tmp_path, monkeypatch):
 
 
 def test_a_peer_is_timed_beside_ours(tmp_path, monkeypatch):
-    def prepare(row, arrays, backward, constants, ours):
+    def prepare(row, arrays, backward, constants, ours, seconds):
         assert row.name == "delta_rule" and arrays["q"].shape == (1, 16, 2, 8)
-        assert ours(arrays).shape == arrays["v"].shape and not constants
+        assert ours(arrays).shape == arrays["v"].shape and not constants and seconds == 180
         return lambda: arrays["v"], {"temporary_megabytes": 3.0, "difference": 0.25}
 
+    apart = []
     monkeypatch.setattr(module.peers, "peer_of", lambda row: "fla")
     monkeypatch.setattr(module.peers, "prepare", prepare)
+    monkeypatch.setattr(module.peers, "compile_apart", lambda *given: apart.append(given[2:]))
     config = tiny(mechanisms="delta_rule", lengths=(16,), implementations="chunk,fla")
     rows = benchmark(config, tmp_path)["rows"]
+    assert apart == [("float32", True, 180)]
     assert [row["implementation"] for row in rows] == ["chunk", "chunk", "fla", "fla"]
     assert rows[2]["difference"] == 0.25 and rows[2]["least_milliseconds"] > 0
     assert rows[2]["flops"] == rows[0]["flops"]
 
 
-def test_a_peer_that_refuses_is_recorded(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "error", "reason"),
+    [
+        (RuntimeError("wants another compiler\nand more"), "refused", "wants another compiler"),
+        (TimeoutError("more than 180 s"), "too slow to tune", "more than 180 s"),
+    ],
+)
+def test_a_peer_that_has_no_time_is_recorded_after_ours(
+    raised, error, reason, tmp_path, monkeypatch
+):
     def refuse(*_):
-        raise RuntimeError("wants another compiler\nand more")
+        raise raised
 
-    monkeypatch.setattr(module.peers, "peer_of", lambda row: "fla")
+    monkeypatch.setattr(module.peers, "peer_of", lambda row: "flex")
     monkeypatch.setattr(module.peers, "prepare", refuse)
-    rows = benchmark(tiny(implementations="fla", lengths=(8,)), tmp_path)["rows"]
-    reason = "wants another compiler"
-    assert [(row["error"], row["reason"]) for row in rows] == 2 * [("refused", reason)]
+    rows = benchmark(tiny(implementations="xla,flex", lengths=(8, 16)), tmp_path)["rows"]
+    assert all("milliseconds" in row for row in rows[:4])
+    assert [(row["error"], row["reason"]) for row in rows[4:]] == 4 * [(error, reason)]
+
+
+def test_a_kernel_that_refuses_is_recorded(tmp_path):
+    config = tiny(
+        mechanisms="",
+        groups=({"mechanisms": "delta", "length": 64, "implementations": "xla,mosaic_gpu"},),
+        dtype="bfloat16",
+        passes=("forward",),
+        repeats=1,
+    )
+    served, refused = benchmark(config, tmp_path)["rows"]
+    assert served["milliseconds"] > 0
+    assert refused["error"] == "refused" and "it has no delta rule" in refused["reason"]
 
 
 def test_programs_are_timed_in_groups_and_compared(tmp_path, monkeypatch, capsys):
@@ -148,22 +173,85 @@ def test_programs_are_timed_in_groups_and_compared(tmp_path, monkeypatch, capsys
     assert by_name["window-8"]["flops"] == 2 * (36 + 24 * 8) * 2 * 2 * 4
     assert by_name["bias"]["bytes"] == by_name["causal"]["bytes"] + 4 * 2 * 16 * 16
     told = capsys.readouterr().out
-    assert "causal xla forward, 16 x 8: " in told and "of its plain program's rate" in told
+    assert "causal xla forward, 1 x 16 x 2 x 8: " in told and "of its plain program's rate" in told
     assert len(result["ratios"]) == 5 * 2 * 2 and "growth" not in result
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     monkeypatch.setattr(module, "measure", None)
     assert benchmark(config, tmp_path)["ratios"] == result["ratios"]
 
 
-@pytest.mark.parametrize("preset", ["attention_h100", "neighborhood_h100"])
+def test_recurrences_are_timed_against_the_bandwidth(tmp_path):
+    config = tiny(
+        mechanisms="gla,gated_delta",
+        groups=({"length": 16, "batch": 2},),
+        implementations="recurrent,xla",
+        dtype="bfloat16",
+        repeats=1,
+    )
+    result = benchmark(config, tmp_path)
+    assert len(result["rows"]) == 2 * 2 * 2
+    for row in result["rows"]:
+        a_token = {"gla": 5 * 8 * 2, "gated_delta": 4 * 8 * 2 + 2 * 4}
+        once = 2 * 32 * a_token[row["mechanism"]]
+        assert row["bytes"] == once * (2 if row["pass"] == "forward_backward" else 1)
+        seconds = row["milliseconds"] / 1e3
+        assert row["fraction_of_bandwidth"] == pytest.approx(row["bytes"] / 2e9 / seconds)
+    assert all(entry["of_plain"] is None for entry in result["ratios"])
+    assert all(len(entry["times_faster"]) == 1 for entry in result["ratios"])
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+def test_steps_of_decoding_are_timed_in_a_loop_and_alone(tmp_path):
+    config = tiny(
+        mechanisms="step_gla,step_delta",
+        groups=({"length": 1}, {"length": 20}),
+        implementations="xla",
+        passes=("forward",),
+        repeats=1,
+    )
+    rows = benchmark(config, tmp_path)["rows"]
+    assert [row["length"] for row in rows] == [1, 1, 20, 20]
+    for row in rows:
+        assert row["microseconds_a_step"] == 1e3 * row["milliseconds"] / row["length"]
+        gates = 8 if row["mechanism"] == "step_gla" else 1
+        assert row["bytes"] == row["length"] * 2 * 4 * (2 * 8 * 8 + 4 * 8 + gates)
+
+
+def test_crossovers_with_every_implementation_of_the_baseline(tmp_path, monkeypatch, capsys):
+    def measure(config, case, program, arrays):
+        slow = {"definition": 3.0, "recurrent": 4.0}.get(case.implementation, 1.0)
+        attends = case.row.name == "causal"
+        return {"milliseconds": slow * (case.sizes.T**2 / 32 if attends else case.sizes.T)}
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "compiled", lambda config, case: None)
+    config = tiny(
+        mechanisms="causal,linear",
+        groups=tuple({"length": length} for length in (8, 16, 32, 64)),
+        implementations="definition,xla,recurrent",
+        passes=("forward_backward",),
+        baseline="causal",
+    )
+    (found,) = benchmark(config, tmp_path)["crossovers"]
+    assert found["mechanism"] == "linear"
+    assert found["crossover"] == {"definition": pytest.approx(32 / 3), "xla": 32}
+    told = capsys.readouterr().out
+    said = "linear forward_backward: faster than causal by definition from length 11 on, by xla"
+    assert said in told
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("preset", [n for n in PRESETS if n.endswith("h100") and n != "h100"])
 def test_groups_of_presets_name_programs(preset):
     config = get_config(preset)
     config.groups = tuple(group | {"implementations": "xla"} for group in config.groups)
-    groups = module.groups(config)
-    assert all(case.row.family == "program" for group in groups for case in group)
-    for group in groups:
-        names = {case.row.name for case in group}
-        assert {case.row.plain for case in group if case.row.name != "causal"} - {""} <= names
+    config.implementations = "xla"
+    cases = module.cases(config)
+    assert all(case.row.family == "program" for case in cases)
+    for group in {case.sizes for case in cases}:
+        names = {case.row.name for case in cases if case.sizes == group}
+        plain = {case.row.plain for case in cases if case.sizes == group} - {""}
+        assert plain <= names | {"full"}
 
 
 def test_flops_are_those_of_allowed_pairs():
@@ -189,7 +277,7 @@ def test_limits_are_rates(monkeypatch):
 def test_families_name_their_implementations(preset):
     config = get_config(preset)
     config.family = "recurrence"
-    found = {case.implementation for group in module.groups(config) for case in group}
+    found = {case.implementation for case in module.cases(config)}
     assert found - {"cudnn"} == {"definition", "xla", "recurrent", "parallel", "chunk"}
 
 
@@ -212,5 +300,5 @@ def test_errors_come_before_anything_is_written(changes, message, tmp_path):
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(ValueError, match=r"preset must be quick, recurrence.*, got 'h200'"):
+    with pytest.raises(ValueError, match=r"preset must be quick, recurrence.*; got 'h200'"):
         get_config("h200")

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from experiments.growth import crossover, growth
+from experiments.growth import crossover, crossovers, fastest, growth
 
 LENGTHS = 1024, 2048, 4096, 8192
 
@@ -47,3 +47,21 @@ def test_few_points_make_no_line():
     (entry,) = growth(rows("linear", [1, 2, None, None]), "softmax")
     assert entry.keys() == {"mechanism", "implementation", "pass", "crossover"}
     assert entry["crossover"] is None
+
+
+def test_the_fastest_implementation_is_compared_with_each_of_the_baseline():
+    slow = rows("linear", [9, 9, 9, 9])
+    quick = rows("linear", [None, 2, 2, 2], "triton")
+    first = rows("softmax", [1, 3, 9, 27], "xla")
+    second = rows("softmax", [1, 1, 1, 4], "cudnn")
+    third = rows("softmax", [None] * 4, "definition")
+    best = fastest([*slow, *quick, *first, *second, *third], "softmax")
+    assert [row["by"] for row in best[:4]] == ["chunk", "triton", "triton", "triton"]
+    assert [row["milliseconds"] for row in best[:4]] == [9, 2, 2, 2]
+    (entry,) = crossovers(best, "softmax")
+    of = lambda *times: dict(zip(LENGTHS, times))  # noqa: E731
+    assert entry["crossover"] == {
+        "xla": crossover(of(9, 2, 2, 2), of(1, 3, 9, 27)),
+        "cudnn": crossover(of(9, 2, 2, 2), of(1, 1, 1, 4)),
+    }
+    assert not crossovers(best, "dense")

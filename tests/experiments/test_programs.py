@@ -1,11 +1,15 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn_kernels.recurrence import step
+from attn_lab import ops
 from attn_lab.catalogue import Sizes
 from experiments import peers
-from experiments.programs import BUCKETS, PROGRAMS, program
+from experiments.programs import ATTENTIONS, BUCKETS, RECURRENCES, STEPS, program
 
 SIZES = Sizes(B=2, T=128, S=128, H=4, K=4, D=16, V=16)
 NAMES = (
@@ -24,7 +28,7 @@ NAMES = (
 
 
 def test_all_programs_are_tested():
-    assert {name.split("-")[0] for name in NAMES} == set(PROGRAMS)
+    assert {name.split("-")[0] for name in NAMES} == set(ATTENTIONS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,6 +38,42 @@ def test_implementations_agree(name):
     want = row.call(arrays, implementation="definition")
     assert want.shape == arrays["v"].shape
     np.testing.assert_allclose(row.call(arrays, implementation="xla"), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_recurrences_are_those_of_the_engine(name):
+    row = program(name, SIZES.T)
+    arrays = row.example(SIZES, jax.random.key(0))
+    want = row.call(arrays, form="recurrent")
+    for variant in row.variants[:2]:
+        np.testing.assert_allclose(row.call(arrays, **variant), want, rtol=1e-5, atol=3e-5)
+    if name == "retention":
+        np.testing.assert_allclose(want, ops.retention(**arrays), rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("steps", [1, 19])
+def test_steps_are_those_of_the_recurrence(name, steps):
+    sizes = dataclasses.replace(SIZES, T=steps, S=steps)
+    row = program(name, steps)
+    arrays = row.example(sizes, jax.random.key(0))
+    state, out = row.call(arrays, implementation="xla")
+    gates = {n: arrays[n] for n in ("log_decay", "beta") if n in arrays}
+    want, v = arrays["state"], arrays["v"]
+    for _ in range(steps):
+        v, want = step(want, arrays["q"], arrays["k"], v, **gates)
+    np.testing.assert_allclose(state, want, atol=1e-5)
+    np.testing.assert_allclose(out, v, atol=1e-5)
+    one = program(name, 1)
+    assert row.bytes(sizes) == steps * one.bytes(sizes)
+
+
+def test_states_and_gates_of_heads_are_exact():
+    arrays = program("step_gated_delta", 4).example(SIZES, jax.random.key(0), jnp.bfloat16)
+    exact = {name for name, x in arrays.items() if x.dtype == jnp.float32}
+    assert exact == {"state", "log_decay", "beta"}
+    gates = program("gla", 4).example(SIZES, jax.random.key(0), jnp.bfloat16)["log_decay"]
+    assert gates.dtype == jnp.bfloat16 and gates.shape[3] == SIZES.D
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "sigmoid"])
