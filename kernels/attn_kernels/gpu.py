@@ -4,7 +4,6 @@ import jax
 
 from attn_kernels.parallel import of_one_device
 
-MULTIPROCESSORS = 132  # of an H100
 NEEDED = (0, 11, 1)  # of JAX, which needs Python 3.12
 
 
@@ -19,10 +18,3 @@ def available() -> bool:
         return False
     hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
     return hopper and of_one_device()
-
-
-def multiprocessors() -> int:
-    """How many programs a Hopper GPU runs at a time, if each takes all of a multiprocessor."""
-    if jax.default_backend() != "gpu":
-        return MULTIPROCESSORS
-    return getattr(jax.local_devices()[0], "core_count", None) or MULTIPROCESSORS
