@@ -76,7 +76,9 @@ def test_a_killed_sweep_ends_like_an_uninterrupted_one(tmp_path, whole):
     process.send_signal(signal.SIGKILL)
     process.wait()
     output, errors = start(workdir).communicate()
-    assert not errors and "delta_rule" in output and str(workdir / "recall.png") in output
+    # The kill may have left half a checkpoint, of which a run says that it leaves it out.
+    assert all("is damaged" in line for line in errors.splitlines()), errors
+    assert "delta_rule" in output and str(workdir / "recall.png") in output
     assert numbers(workdir) == numbers(whole[0])
     results = [(path / "results.json").read_bytes() for path in (workdir, whole[0])]
     assert results[0] == results[1]
