@@ -78,7 +78,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, data_dir):
     process.send_signal(signal.SIGKILL)
     process.wait()
     output, errors = start(tmp_path / "killed", data_dir).communicate()
-    assert not errors and "valid/bits_per_byte" in output
+    # The kill may have left half a checkpoint, of which a run says that it leaves it out.
+    assert all("is damaged" in line for line in errors.splitlines()), errors
+    assert "valid/bits_per_byte" in output
     for name in ("config.json", "metrics.jsonl", "sample.txt"):
         whole, killed = ((tmp_path / run / name).read_bytes() for run in ("whole", "killed"))
         assert whole == killed, name
