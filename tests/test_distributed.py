@@ -73,7 +73,10 @@ def check_functions():
 
     def close(got, want, case):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=case),
+            # A sum that cancels has the rounding of its terms, of the size of the largest.
+            lambda a, b: np.testing.assert_allclose(
+                a, b, rtol=2e-5, atol=4e-5 * max(1, np.abs(b).max()), err_msg=case
+            ),
             got,
             want,
         )
