@@ -42,7 +42,9 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, read_metrics(path) if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        partial.replace(path)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row; it is in the file when this returns."""

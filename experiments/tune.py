@@ -26,8 +26,10 @@ from attn_lab.ops import sliding_window_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
 from experiments.benchmark import timings
+from experiments.report import Lines
 
-SHARED_BYTES = 232_448  # of a program on Hopper
+SHARED_BYTES = 232_448  # of a program on Hopper,
+RESERVED = 4096  # of which vectors, barriers and alignment take
 REGISTERS = {2: 224, 3: 144}  # that numbers may take, by computing warpgroups
 KEY = "kernel", "dim", "dtype", "kind"
 
@@ -40,7 +42,11 @@ def candidates(kernel: str, dim: int) -> Iterator[Blocks]:
         shared = 2 * dim * (arrays * groups * 64 + 2 * slots * columns)
         # A thread has half as many numbers of an array in float32 as it has columns.
         held = (sums * dim + arrays * columns + columns // 2) / 2
-        if shared < SHARED_BYTES - 4096 and held <= REGISTERS[groups] and (slots > 1 or dim > 192):
+        if (
+            shared < SHARED_BYTES - RESERVED
+            and held <= REGISTERS[groups]
+            and (slots > 1 or dim > 192)
+        ):
             yield Blocks(64, columns, slots, groups)
 
 
@@ -113,12 +119,8 @@ def tune(config: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
     device = jax.devices()[0].device_kind
     todo = cases(config)
     workdir = claim_workdir(workdir, as_dict(config) | {"device": device})
-    path = workdir / "cases.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
-    path.write_text("".join(whole))
-    rows = [json.loads(line) for line in whole]
-    done = [{name: row[name] for name in (*KEY, "blocks")} for row in rows]
+    kept = Lines(workdir / "cases.jsonl")
+    done = [{name: row[name] for name in (*KEY, "blocks")} for row in kept.rows]
     for case in todo:
         case["listed"] = [*vars(case["blocks"]).values()]
     todo = [
@@ -138,11 +140,9 @@ def tune(config: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
             else:
                 run = functools.partial(program, *inputs(config, case["dim"], case["dtype"]))
                 row["milliseconds"] = 1e3 * min(timings(run, config.repeats))
-            rows.append(row)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            kept.append(row)
             print(row, flush=True)
-    found = [row for row in table() if row["device"] != device] + best(rows, device)
+    found = [row for row in table() if row["device"] != device] + best(kept.rows, device)
     text = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in found) + "\n]\n"
     (workdir / "blocks.json").write_text(text)
     if config.install:

@@ -87,12 +87,13 @@ def everything(arrays, case, implementation):
 
     moving = [leaves[n] for n in floats]
     slopes = jax.grad(loss, (0, 1), has_aux=True)
-    return (slopes if interpreted(implementation) else jax.jit(slopes))(arrays, moving)
+    return jitted(slopes, implementation)(arrays, moving)
 
 
-def interpreted(implementation):
-    """Whether to run step by step: the interpreter of GPUs waits for ever for a second kernel."""
-    return implementation == "mosaic_gpu" and jax.default_backend() == "cpu"
+def jitted(function, implementation):
+    """But for the interpreter of GPUs: it waits for ever if two kernels run at a time."""
+    eager = implementation == "mosaic_gpu" and jax.default_backend() == "cpu"
+    return function if eager else jax.jit(function)
 
 
 def check(implementation, case, arrays, rounding):
@@ -119,18 +120,15 @@ def check_mechanism(implementation, row, sizes, dtype, rounding):
         floats = {n: jnp.issubdtype(x.dtype, jnp.floating) for n, x in arrays.items()}
         return {n: x.astype(dtype) if floats[n] else x for n, x in arrays.items()}
 
-    def run(arrays, implementation):
-        jit = (lambda function: function) if eager else jax.jit
-
+    def run(arrays, name):
         def loss(arrays):
-            out = row.call(arrays, causal=row.causal[-1], implementation=implementation)
+            out = row.call(arrays, causal=row.causal[-1], implementation=name)
             wide = out.astype(jnp.promote_types(out.dtype, jnp.float32))
             return (wide * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
 
-        slopes, out = jit(jax.grad(loss, has_aux=True))(arrays)
+        slopes, out = jitted(jax.grad(loss, has_aux=True), implementation)(arrays)
         return {"out": out, **slopes}
 
-    eager = interpreted(implementation)
     arrays = cast(row.example(row.fit(sizes), jax.random.key(0)), dtype)
     got, base = (run(arrays, name) for name in (implementation, "definition"))
     with jax.enable_x64(True):

@@ -6,11 +6,10 @@
   32 and 64. One minute on 2 CPU cores.
 - implementations_h100: softmax attention by XLA, by cuDNN and by the kernel for Hopper GPUs, which
   are to have equal losses: a decoder of 124 million parameters at length 2048, batch 8, and
-  nanoGPT's shakespeare_char without dropout on the weights. A few minutes on one H100, most of them
-  for compilation.
+  nanoGPT's shakespeare_char without dropout on the weights.
 - lengths_h100: the decoder of 124 million parameters with softmax, gated linear attention and the
   gated delta rule, each by the fastest kernel, at lengths 2048, 8192 and 32,768, of 32,768 tokens a
-  step. A few minutes on one H100.
+  step.
 
 Texts are `wikitext2/wikitext2.npz` and `tinyshakespeare/input.txt` in `config.data_dir`. The former
 has 33,278 words, to which the model adds two.

@@ -1,10 +1,16 @@
-"""When Pallas kernels are run on GPUs."""
+"""When kernels are run on GPUs, and on which."""
 
 import jax
 
 from attn_kernels.parallel import of_one_device
 
+MULTIPROCESSORS = 132  # of an H100
 NEEDED = (0, 11, 1)  # of JAX, which needs Python 3.12
+
+
+def interpreted() -> bool:
+    """Whether there is no GPU: an interpreter then runs the kernels, for tests."""
+    return jax.default_backend() == "cpu"
 
 
 def supported() -> bool:

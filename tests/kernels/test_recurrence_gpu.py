@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrences
+from recurrences import everything
 
 from attn_kernels import gpu
 from attn_kernels.recurrence import linear_attention
@@ -14,56 +16,14 @@ NEW = jax.version.__version_info__ >= (0, 11, 1)
 needs_new_jax = pytest.mark.skipif(
     not NEW, reason=f"the kernel needs JAX 0.11.1, and so Python 3.12; this is {jax.__version__}"
 )
-GATES = -np.inf, -1e4, -50, -1e-4, 0
 ROUNDING = 2**-7  # of bfloat16, in which products are taken
-
-
-def inputs(decay, length, dim=40, width=24):
-    """Grouped heads and, where there are gates, mixtures of all of them."""
-    rng = np.random.default_rng(length)
-
-    def normal(heads, dim):
-        return jnp.asarray(rng.normal(size=(1, length, heads, dim)), jnp.bfloat16)
-
-    arrays = dict(q=normal(2, dim), k=normal(1, dim), v=normal(2, width))
-    arrays["initial_state"] = jnp.asarray(rng.normal(size=(1, 2, dim, width)), jnp.float32)
-    if decay:
-        gates = rng.choice(GATES, (1, length, 2), p=(0.02, 0.02, 0.02, 0.5, 0.44))
-        arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
-    return arrays
-
-
-def everything(arrays, **options):
-    """Output, last state and the gradients of every argument, with cotangents on both."""
-
-    def weigh(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
-
-    def loss(arrays):
-        results = linear_attention(**arrays, return_state=True, **options)
-        return weigh(results[0]) + weigh(results[1]), results
-
-    return jax.grad(loss, has_aux=True)(arrays)
-
-
-def check(arrays, form="recurrent", **options):
-    """The kernel errs at most twice as much as XLA in the same precision."""
-    got = everything(arrays, implementation="mosaic_gpu", **options)
-    base = jax.jit(functools.partial(everything, form=form, **options))(arrays)
-    with jax.enable_x64(True):
-        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
-        exact = jax.jit(functools.partial(everything, form=form, **options))(high)
-    for (path, a), b, c in zip(
-        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
-    ):
-        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
-        bound = 2 * np.abs(b - c).max() + ROUNDING * np.abs(c).max()
-        assert np.abs(a - c).max() <= bound, path
+inputs = functools.partial(recurrences.inputs, "additive")
+check = functools.partial(recurrences.check, "mosaic_gpu", ROUNDING)
+each_decay = pytest.mark.parametrize("decay", ["none", "head"])
 
 
 @needs_new_jax
-@pytest.mark.parametrize("decay", [False, True], ids=["plain", "gates"])
+@each_decay
 def test_error_budget(decay):
     """In interpret mode, on lengths that fill no chunk."""
     check(inputs(decay, 203))
@@ -74,11 +34,11 @@ def test_error_budget(decay):
 @pytest.mark.parametrize("length", [1, 64, 70])
 @pytest.mark.parametrize("dim, width", [(128, 128), (40, 200), (200, 40), (256, 136)])
 def test_error_budget_of_sizes(length, dim, width):
-    check(inputs(True, length, dim, width))
+    check(inputs("head", length, dim, width))
 
 
 @needs_new_jax
-@pytest.mark.parametrize("decay", [False, True], ids=["plain", "gates"])
+@each_decay
 def test_long_sequences_are_cut_into_parts(monkeypatch, decay):
     from attn_kernels.recurrence import mosaic_gpu
 
@@ -86,22 +46,20 @@ def test_long_sequences_are_cut_into_parts(monkeypatch, decay):
     monkeypatch.setattr(mosaic_gpu, "PLACES", 4 * 4)
     given = inputs(decay, 256)
     arrays = {n: jnp.concatenate([x, x[:, ::-1]]) for n, x in given.items()}
-    problem = mosaic_gpu.Problem(2, 1, 1, 64, 1.0, decay)
+    problem = mosaic_gpu.Problem(2, 1, 1, 64, 1.0, decay == "head")
     assert mosaic_gpu._parts(problem, arrays["q"], jnp.zeros((2, 2, 256))) == 4
     check(arrays)
 
 
 @needs_new_jax
-@pytest.mark.parametrize(
-    "decay", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gates"]
-)
+@pytest.mark.parametrize("decay", ["none", pytest.param("head", marks=pytest.mark.slow)])
 def test_segments(decay):
     ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] + [2] * 70 + [-1] + [0] * 8])
     check(inputs(decay, ids.size), segment_ids=ids)
 
 
 @pytest.mark.skipif(not gpu.available(), reason="there is no Hopper GPU")
-@pytest.mark.parametrize("decay", [False, True], ids=["plain", "gates"])
+@each_decay
 @pytest.mark.parametrize("length, dim", [(4096, 64), (4096, 128), (1024, 256)])
 def test_programs_that_fill_a_gpu(length, dim, decay):
     """Races would show: outputs and derivatives are right, and the same whenever they are run."""
@@ -114,7 +72,7 @@ def test_programs_that_fill_a_gpu(length, dim, decay):
 
 @needs_new_jax
 def test_scale_has_a_derivative():
-    arrays = inputs(True, 5)
+    arrays = inputs("head", 5)
 
     def loss(scale, **options):
         return linear_attention(**arrays, scale=scale, **options).astype(jnp.float32).sum()
@@ -138,7 +96,7 @@ def test_scale_has_a_derivative():
     ids=["delta", "channel", "dtype", "chunk", "form"],
 )
 def test_refusals(change, match):
-    call = {**inputs(True, 7), "implementation": "mosaic_gpu", **change}
+    call = {**inputs("head", 7), "implementation": "mosaic_gpu", **change}
     with pytest.raises(NotImplementedError, match=match if NEW or "form" in change else "JAX"):
         linear_attention(**call)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrences
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
@@ -36,32 +37,8 @@ def inputs(decay, write, length, dtype=jnp.float32):
     return arrays
 
 
-@functools.partial(jax.jit, static_argnames=("form", "implementation", "chunk_size"))
-def everything(arrays, segment_ids=None, **options):
-    """Output, last state and the gradients of every argument, with cotangents on both."""
-
-    def weigh(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
-
-    def loss(arrays):
-        results = linear_attention(**arrays, segment_ids=segment_ids, return_state=True, **options)
-        return weigh(results[0]) + weigh(results[1]), results
-
-    return jax.grad(loss, has_aux=True)(arrays)
-
-
-def check(arrays, rounding, segment_ids=None):
-    """The kernel errs at most twice as much as the recurrence in the same precision."""
-    got = everything(arrays, segment_ids, **KERNEL)
-    base = everything(arrays, segment_ids, form="recurrent")
-    with jax.enable_x64(True):
-        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
-        exact = everything(high, segment_ids, form="recurrent")
-    for a, b, c in zip(*map(jax.tree.leaves, (got, base, exact)), strict=True):
-        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
-        bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
-        assert np.abs(a - c).max() <= bound
+def check(arrays, rounding, **options):
+    recurrences.check("mosaic_tpu", rounding, arrays, chunk_size=16, **options)
 
 
 @pytest.mark.parametrize("decay, write", [("scalar", "delta"), ("channel", "add")])
@@ -81,7 +58,7 @@ def test_error_budget_of_all_kinds(decay, write, length, dtype, rounding):
 @pytest.mark.parametrize("decay, write", KINDS)
 def test_segments(decay, write):
     ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] * 1 + [2] * 16 + [-1] * 1 + [0] * 8])
-    check(inputs(decay, write, 37), 2e-6, ids)
+    check(inputs(decay, write, 37), 2e-6, segment_ids=ids)
 
 
 def test_gradients_inside_a_shard_map():

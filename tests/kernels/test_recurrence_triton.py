@@ -5,63 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrences
+from recurrences import everything, inputs
 
 from attn_kernels.recurrence import linear_attention
 
 pytest.importorskip("jax_triton")
 triton_report = pytest.importorskip("triton_report")
 
-GATES = -np.inf, -1e4, -50, -1e-4, 0
 ROUNDING = 2**-7  # of bfloat16, in which products are taken
-
-
-def inputs(write, decay, length, dim=40, width=24, dtype=jnp.bfloat16):
-    """Grouped heads, keys of norm 1 and, where there are gates, mixtures of all of them."""
-    rng = np.random.default_rng(length)
-
-    def normal(heads, dim):
-        return jnp.asarray(rng.normal(size=(1, length, heads, dim)), dtype)
-
-    arrays = dict(q=normal(2, dim), k=normal(1, dim), v=normal(2, width))
-    arrays["initial_state"] = jnp.asarray(rng.normal(size=(1, 2, dim, width)), jnp.float32)
-    if decay != "none":
-        shape = (1, length, 2) if decay == "head" else (1, length, 2, dim)
-        gates = rng.choice(GATES, shape, p=(0.02, 0.02, 0.02, 0.5, 0.44))
-        arrays["log_decay"] = jnp.asarray(gates, jnp.float32)
-    if write == "delta":
-        arrays["k"] /= jnp.linalg.norm(arrays["k"].astype(jnp.float32), axis=-1, keepdims=True)
-        arrays["k"] = arrays["k"].astype(dtype)
-        arrays["beta"] = jnp.asarray(rng.uniform(size=(1, length, 1)), jnp.float32)
-    return arrays
-
-
-def everything(arrays, **options):
-    """Output, last state and the gradients of every argument, with cotangents on both."""
-
-    def weigh(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
-
-    def loss(arrays):
-        results = linear_attention(**arrays, return_state=True, **options)
-        return weigh(results[0]) + weigh(results[1]), results
-
-    return jax.grad(loss, has_aux=True)(arrays)
-
-
-def check(arrays, form="recurrent", **options):
-    """The kernel errs at most twice as much as XLA in the same precision."""
-    got = jax.jit(functools.partial(everything, implementation="triton", **options))(arrays)
-    base = jax.jit(functools.partial(everything, form=form, **options))(arrays)
-    with jax.enable_x64(True):
-        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
-        exact = jax.jit(functools.partial(everything, form=form, **options))(high)
-    for (path, a), b, c in zip(
-        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
-    ):
-        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
-        bound = 2 * np.abs(b - c).max() + ROUNDING * np.abs(c).max()
-        assert np.abs(a - c).max() <= bound, path
+check = functools.partial(recurrences.check, "triton", ROUNDING)
 
 
 @pytest.mark.parametrize("write", ["additive", "delta"])

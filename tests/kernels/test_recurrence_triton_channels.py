@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrences
+from recurrences import GATES as EXTREME
+from recurrences import everything
 
 from attn_kernels import gpu
-from attn_kernels.recurrence import linear_attention
 
 pytest.importorskip("triton")
 pytest.importorskip("jax_triton")
 
 from attn_kernels.recurrence.triton import channels
 
-EXTREME = -np.inf, -1e4, -50, -1e-4, 0
 ROUNDING = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10}  # in which products are taken
 GATES = ["mild", "strong", "extreme"]
 
@@ -40,34 +41,8 @@ def inputs(gates, length, dim=40, width=24, dtype=jnp.bfloat16, heads=(2, 1, 2, 
     return arrays
 
 
-def everything(arrays, **options):
-    """Output, last state and the gradients of every argument, with cotangents on both."""
-
-    def weigh(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
-
-    def loss(arrays):
-        results = linear_attention(**arrays, return_state=True, **options)
-        return weigh(results[0]) + weigh(results[1]), results
-
-    return jax.grad(loss, has_aux=True)(arrays)
-
-
-def check(arrays, form="recurrent", **options):
-    """The kernels err at most twice as much as XLA in the same precision."""
-    got = jax.jit(functools.partial(everything, implementation="triton", **options))(arrays)
-    base = jax.jit(functools.partial(everything, form=form, **options))(arrays)
-    with jax.enable_x64(True):
-        high = {name: x.astype(jnp.float64) for name, x in arrays.items()}
-        exact = jax.jit(functools.partial(everything, form=form, **options))(high)
-    rounding = ROUNDING[arrays["q"].dtype.type]
-    for (path, a), b, c in zip(
-        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
-    ):
-        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
-        bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
-        assert np.abs(a - c).max() <= bound, path
+def check(arrays, **options):
+    recurrences.check("triton", ROUNDING[arrays["q"].dtype.type], arrays, **options)
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -108,13 +83,16 @@ def test_prepared_chunks(gates):
         b = np.cumsum(np.maximum(g[:, at], -120), 1)
         between = b[:, :, None] - b[:, None]
         seen = np.tri(b.shape[1])[None, :, :, None, None] > 0
-        weights = np.exp(np.where(seen, between, -np.inf))
-        weights = np.einsum("bthd,bshd,btshd->bths", 0.3 * q[:, at], k[:, at], weights)
+        decay = np.exp(np.where(seen, between, -np.inf))
+        pairs = 0.3 * q[:, at, None] * k[:, None, at] * decay
         carried, kept = 0.3 * q[:, at] * np.exp(b), k[:, at] * np.exp(b[:, -1:] - b)
+        want = carried, kept, np.moveaxis(pairs.sum(-1), 3, 2), np.exp(b[:, -1])
         got = *(x[:, at] for x in found[:3]), found[3][:, n]
         got = *got[:2], got[2][..., : b.shape[1]], got[3]
-        for x, y in zip(got, (carried, kept, weights, np.exp(b[:, -1])), strict=True):
-            bound = 2**-8 * np.abs(y).max() + 1e-37
+        # Both factors of a term of the weights are rounded.
+        terms = np.abs(carried), np.abs(kept), 2 * np.abs(pairs).sum(-1), want[3]
+        for x, y, size in zip(got, want, terms, strict=True):
+            bound = 2**-8 * size.max() + 1e-37
             np.testing.assert_allclose(np.asarray(x, np.float64), y, atol=bound)
 
 

@@ -16,6 +16,7 @@ from jax.extend.core import Literal
 
 QUERIES, KEYS = 2, 3
 PAIRS = (1, 1, QUERIES, KEYS)
+PLACE = (1, 1, 1, 1), (1, 1, 1), (QUERIES, 1), (KEYS,)  # b, h and positions of queries and keys
 
 CALLS = {
     name: key

@@ -13,8 +13,8 @@ import numpy as np
 EMPTY, PARTIAL, FULL = 0, 1, 2
 LEAF, SPLIT = 64, 8  # Open tiles are cut into SPLIT^2 parts, down to LEAF^2 pairs,
 CHUNK = 2**10  # this many of them at once,
-TOGETHER = {"cpu": 2**18}  # and the predicate is evaluated on this many pairs at once,
-MANY = 2**25  # or so many where steps of a loop cost more than memory.
+TOGETHER = 2**25  # and the predicate is evaluated on this many pairs at once,
+ON_CPU = 2**18  # or so many where memory costs more than steps of a loop.
 
 
 @functools.partial(
@@ -211,7 +211,7 @@ def _count(mask: Mask, shift, tiles, *, shape):
         allowed = allowed & (rows < q_stop)[:, None] & (columns < k_stop)
         return jnp.broadcast_to(allowed, shape).sum((2, 3), dtype=jnp.int32)
 
-    together = TOGETHER.get(jax.default_backend(), MANY)
+    together = ON_CPU if jax.default_backend() == "cpu" else TOGETHER
     return jax.lax.map(one, tiles, batch_size=max(1, together // math.prod(shape)))
 
 

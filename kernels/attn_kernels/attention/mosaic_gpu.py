@@ -399,17 +399,12 @@ def run(
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpreted() else False,
+        interpret=plgpu.InterpretGPUParams() if gpu.interpreted() else False,
     )(*inputs)
 
 
-def interpreted() -> bool:
-    """Whether there is no GPU: products then take arrays, and registers are not counted."""
-    return jax.default_backend() == "cpu"
-
-
 def registers(number, action):
-    if not interpreted():
+    if not gpu.interpreted():
         plgpu.set_max_registers(number, action=action)
 
 
@@ -433,7 +428,7 @@ def two_products(first, second, ready, meanwhile, between):
       meanwhile: what it gives before the first is waited for is the other argument of `between`.
       between: a function of arrays.
     """
-    if interpreted():
+    if gpu.interpreted():
         found = between(*product(*first, meanwhile))
         ready()
         return found, product(*second, lambda: None)[0]
@@ -452,7 +447,7 @@ def two_products(first, second, ready, meanwhile, between):
 
 def plus_product(sums, a, b, meanwhile=lambda: None):
     """sums + a b, with b in shared memory."""
-    if interpreted():
+    if gpu.interpreted():
         meanwhile()
         return sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
 

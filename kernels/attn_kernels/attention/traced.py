@@ -13,12 +13,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from attn_kernels.attention import elementwise
 from attn_kernels.attention.ahead import source
-from attn_kernels.attention.elementwise import KEYS, PAIRS, QUERIES
+from attn_kernels.attention.elementwise import KEYS, PAIRS, PLACE, QUERIES
 from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.normalizer import Normalizer, Softmax
 from attn_kernels.attention.tile import Tile
-
-PLACE = (1, 1, 1, 1), (1, 1, 1), (QUERIES, 1), (KEYS,)  # b, h and positions of queries and keys
 
 
 @dataclasses.dataclass(frozen=True)

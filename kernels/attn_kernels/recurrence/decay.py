@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+FORGOTTEN = -120.0  # a log decay whose exponential is 0 in float32
+
 # The state is summed in float32 or better: no rounding of its factors to bfloat16 or TF32.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

@@ -25,19 +25,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from attn_kernels import gpu
-from attn_kernels.recurrence.decay import decayed, since_start, until_end
+from attn_kernels.recurrence.decay import FORGOTTEN, decayed, since_start, until_end
 from attn_kernels.varying import varying
 
 WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 SIZE = 64  # steps of a chunk, and channels of a tile
 WIDEST = 128  # channels that one program has of keys and of values
-FORGOTTEN = -120.0  # exp is 0 in float32
 STEP = 1 / 8  # of the coarse part of sums of gates, which is exact
 # Vectors of a chunk: coarse and fine sums, exp(b), exp(b_C - b), and the sums again, as a load can
 # have one layout.
 GATES = 6
-PLACES = 132  # of programs on a device
+PLACES = gpu.MULTIPROCESSORS  # of programs on a device
 SHORTEST = 1024  # steps of a part of a sequence
 SUMS = 4  # vectors that gradients of gates are made of
 
@@ -103,13 +102,8 @@ def refusal(q, k, v, log_decay, beta, state, chunk_size: int) -> str | None:
     return None
 
 
-def interpreted() -> bool:
-    """Whether there is no GPU: products then take arrays, and registers are not counted."""
-    return jax.default_backend() == "cpu"
-
-
 def registers(computing, fetching, number, action):
-    if not interpreted() and computing + fetching > 2:
+    if not gpu.interpreted() and computing + fetching > 2:
         plgpu.set_max_registers(number, action=action)
 
 
@@ -128,7 +122,7 @@ def summed(*parts):
 
     starts = [start(*part) for part in parts]
     products = [pairs for _, pairs in parts]
-    if interpreted():
+    if gpu.interpreted():
         return [
             x + sum(jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for a, b in pairs)
             for x, pairs in zip(starts, products)
@@ -496,7 +490,7 @@ def call(problem, kernel, shapes, *args):
         num_threads=problem.tiles + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpreted() else False,
+        interpret=plgpu.InterpretGPUParams() if gpu.interpreted() else False,
     )(*args)
 
 

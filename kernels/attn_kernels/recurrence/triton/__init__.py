@@ -10,7 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.recurrence.triton import channels, delta, parts, walk
+from attn_kernels.recurrence.triton import channels, delta, parts
+from attn_kernels.recurrence.triton.tiles import SIZE
 from attn_kernels.varying import varying
 
 WIDEST = 512  # channels
@@ -27,8 +28,8 @@ def refusal(q, k, v, log_decay, beta, state, chunk_size: int) -> str | None:
         return f"D and Dv are up to {WIDEST}, they were {state.shape[2]} and {state.shape[3]}"
     if beta is not None and log_decay.shape[-1] > 1:
         return "it has no delta rule with decay per channel"
-    if chunk_size != walk.SIZE:
-        return f"chunk_size is {walk.SIZE}, it was {chunk_size}"
+    if chunk_size != SIZE:
+        return f"chunk_size is {SIZE}, it was {chunk_size}"
     return None
 
 

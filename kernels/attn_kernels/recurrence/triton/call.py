@@ -14,14 +14,10 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from attn_kernels import gpu
 from attn_kernels.varying import varying
 
 _one_at_a_time = threading.Lock()  # the interpreter changes `triton.language` while it runs
-
-
-def interpreted() -> bool:
-    """Whether there is no GPU: Triton's interpreter then runs the kernels, with NumPy."""
-    return jax.default_backend() == "cpu"
 
 
 def launch(
@@ -54,7 +50,7 @@ def launch(
         filled = [given[0] if x is None else next(remaining) for x in arrays]
         outs = [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in shapes]
         programs = batch * grid[0], *grid[1:]
-        if interpreted():
+        if gpu.interpreted():
             run = functools.partial(_interpret, kernel, programs, outs, constants)
             found = jax.pure_callback(run, outs, *filled)
         else:

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from attn_kernels.recurrence.triton import call
+from attn_kernels.recurrence.triton.call import launch
+from attn_kernels.recurrence.triton.tiles import FORGOTTEN, SIZE, padded
 
-SIZE = 64  # steps of a chunk
-FORGOTTEN = tl.constexpr(-120.0)  # exp is 0 in float32
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG_MILD = tl.constexpr(-60.0)  # of a chunk's decay that is far from 0, as is its inverse
 MILD = tl.constexpr(math.exp(-60.0))
@@ -253,8 +252,8 @@ def _constants(kernel, q, log_decay, heads, scale):
     Factors that grow do not fit into float16; TF32 has its precision and the range of float32.
     """
     dtype, dim = q.dtype, q.shape[3]
-    parts = jnp.float32 if dtype == jnp.float32 or call.interpreted() else jnp.bfloat16
-    factors = jnp.bfloat16 if dtype == jnp.bfloat16 and not call.interpreted() else jnp.float32
+    parts = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+    factors = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
     return dict(
         length=q.shape[1],
         heads=heads,
@@ -263,7 +262,7 @@ def _constants(kernel, q, log_decay, heads, scale):
         dim=dim,
         size=SIZE,
         levels=SIZE.bit_length() - 1,
-        channels=_block(dim, CHANNELS[kernel]),
+        channels=min(CHANNELS[kernel], padded(dim)),
         scale=scale,
         coarse=log_decay.dtype == parts,
         part=getattr(tl, jnp.dtype(parts).name),
@@ -272,10 +271,6 @@ def _constants(kernel, q, log_decay, heads, scale):
         warps=WARPS[kernel],
         stages=STAGES[kernel],
     )
-
-
-def _block(dim, most):
-    return min(most, max(16, triton.next_power_of_2(dim)))
 
 
 def prepare_channels(q, k, log_decay, heads: int, scale: float):
@@ -293,7 +288,7 @@ def prepare_channels(q, k, log_decay, heads: int, scale: float):
     """
     batch, length, _, dim = q.shape
     count = -(-length // SIZE)
-    return call.launch(
+    return launch(
         _prepare,
         (q, k, log_decay),
         (
@@ -330,7 +325,7 @@ def local_channels(
     def slope(x):
         return jax.ShapeDtypeStruct((batch, length, heads, q.shape[3]), x.dtype)
 
-    return call.launch(
+    return launch(
         _local,
         (q, k, v, log_decay, carried, kept, totals, states, d_out, d_states),
         (slope(q), slope(k), slope(log_decay)),
@@ -338,7 +333,7 @@ def local_channels(
         k_heads=k.shape[2],
         v_heads=v.shape[2],
         width=width,
-        columns=_block(width, COLUMNS),
+        columns=min(COLUMNS, padded(width)),
         direct=q.dtype != jnp.float16,  # which may be too narrow for `kept`
         **_constants("local", q, log_decay, heads, scale),
     )

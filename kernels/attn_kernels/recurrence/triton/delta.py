@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from attn_kernels.recurrence.triton.call import launch
-from attn_kernels.recurrence.triton.walk import (
+from attn_kernels.recurrence.triton.tiles import (
     FORGOTTEN,
     SIZE,
     at_head,
@@ -25,6 +25,7 @@ from attn_kernels.recurrence.triton.walk import (
     last_of,
     padded,
     put,
+    put_vector,
     sums_of_gates,
     tile,
     vector,
@@ -213,12 +214,6 @@ def _prepare(
     put(at_head(weights_ref, b, h, T, H, H, C), pairs, row, H * C, 0, T, C, C, C)
     inverse = unit_lower_inverse(tl.where(t[:, None] > t[None, :], squares, 0.0), C, BASE)
     put(at_head(inverse_ref, b, h, T, H, H, C), inverse, row, H * C, 0, T, C, C, C)
-
-
-@triton.jit
-def put_vector(ref, x, row, stride, T: tl.constexpr, C: tl.constexpr):
-    rows = row + tl.arange(0, C)
-    tl.store(ref + tl.cast(rows, tl.int64) * stride, x, mask=rows < T)
 
 
 @triton.jit

@@ -9,11 +9,13 @@ are then known. The cotangent of a state goes through `M^T`.
 import jax
 import jax.numpy as jnp
 
-from attn_kernels.recurrence.decay import matmul
+from attn_kernels import gpu
+from attn_kernels.recurrence.decay import FORGOTTEN, matmul
 from attn_kernels.recurrence.triton import walk
+from attn_kernels.recurrence.triton.tiles import padded
 from attn_kernels.varying import varying
 
-PROCESSORS = 132  # of a device
+PROCESSORS = gpu.MULTIPROCESSORS  # of a device
 WARPS = 8  # that a processor has registers for
 SHORTEST = 1024  # steps of a part
 
@@ -21,7 +23,7 @@ SHORTEST = 1024  # steps of a part
 def number(length: int, state) -> int:
     """Into how many parts sequences are cut."""
     batch, heads, dim, width = state.shape
-    block, warps, _ = walk.FORWARD[walk.padded(dim)]
+    block, warps, _ = walk.BLOCKS[padded(dim)]
     programs = batch * heads * -(-width // block)
     places, parts = PROCESSORS * WARPS // warps // programs, 1
     while 2 * parts <= places and length % (2 * parts * SHORTEST) == 0:
@@ -79,7 +81,7 @@ def _change(k, state, options):
     if options.get("totals") is not None:
         change = options["totals"].prod(1)[..., None]
     elif options.get("gates") is not None:
-        change = jnp.exp(jnp.maximum(options["gates"], walk.FORGOTTEN.value).sum(1))
+        change = jnp.exp(jnp.maximum(options["gates"], FORGOTTEN).sum(1))
         change = change[..., None, None]
     else:
         return jnp.ones((state.shape[0], 1, 1, 1), state.dtype)

@@ -19,12 +19,20 @@ import triton
 import triton.language as tl
 
 from attn_kernels.recurrence.triton.call import launch
-
-SIZE = 64  # steps of a chunk
-FORGOTTEN = tl.constexpr(-120.0)  # exp is 0 in float32
+from attn_kernels.recurrence.triton.tiles import (
+    SIZE,
+    at_head,
+    decay_between,
+    last_of,
+    padded,
+    put,
+    sums_of_gates,
+    tile,
+    vector,
+)
 
 # Of a program, by the channels of keys: channels of values, warps, and chunks being loaded.
-FORWARD = {
+BLOCKS = {
     16: (64, 4, 2),
     32: (64, 4, 2),
     64: (64, 4, 2),
@@ -32,7 +40,6 @@ FORWARD = {
     256: (32, 4, 1),
     512: (16, 8, 1),
 }
-BACKWARD = dict(FORWARD)
 # Up to so many channels of keys, states are transposed: products then take them from registers,
 # where a program of few warps has no place for more.
 FLIPPED = 128
@@ -78,7 +85,7 @@ def walk(
     batch, heads, dim, width = state.shape
     length = k.shape[1]
     count = -(-length // SIZE)
-    block, warps, stages = FORWARD[padded(dim)]
+    block, warps, stages = BLOCKS[padded(dim)]
     block = min(block, padded(width))
     steps = jax.ShapeDtypeStruct((batch, length, heads, width), k.dtype)
     states = jax.ShapeDtypeStruct((batch, count, heads, dim, width), k.dtype)
@@ -134,7 +141,7 @@ def walk_back(
     batch, heads, dim, width = d_last.shape
     length = k.shape[1]
     count = -(-length // SIZE)
-    block, warps, stages = BACKWARD[padded(dim)]
+    block, warps, stages = BLOCKS[padded(dim)]
     block = min(block, padded(width))
     steps = jax.ShapeDtypeStruct((batch, length, heads, width), k.dtype)
     states = jax.ShapeDtypeStruct((batch, count, heads, dim, width), k.dtype)
@@ -158,11 +165,6 @@ def walk_back(
     )
 
 
-def padded(channels: int) -> int:
-    """The channels that a program has for so many: tensor cores take 16 or more."""
-    return max(16, triton.next_power_of_2(channels))
-
-
 def _constants(sizes, arrays, scale):
     length, heads, dim, width, block = sizes
     return dict(
@@ -181,76 +183,6 @@ def _constants(sizes, arrays, scale):
         PER_CHANNEL=arrays["E"] is not None,
         FLIP=padded(dim) <= FLIPPED,
     )
-
-
-@triton.jit
-def tile(ref, row, stride, col, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-    """`[N, M]` from a row and a column on, 0 outside of `[T, D]`; rows are `stride` apart."""
-    rows = tl.arange(0, N)
-    cols = col + tl.arange(0, M)
-    at = ref + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    if T % N == 0:
-        if D % M == 0:
-            x = tl.load(at)
-        else:
-            x = tl.load(at, mask=(cols < D)[None, :], other=0.0)
-    elif D % M == 0:
-        x = tl.load(at, mask=(row + rows < T)[:, None], other=0.0)
-    else:
-        x = tl.load(at, mask=(row + rows < T)[:, None] & (cols < D)[None, :], other=0.0)
-    return x
-
-
-@triton.jit
-def put(
-    ref, x, row, stride, col, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr
-):
-    """The inverse of `tile`."""
-    rows = tl.arange(0, N)
-    cols = col + tl.arange(0, M)
-    at = ref + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    x = x.to(ref.dtype.element_ty)
-    if T % N == 0:
-        if D % M == 0:
-            tl.store(at, x)
-        else:
-            tl.store(at, x, mask=(cols < D)[None, :])
-    elif D % M == 0:
-        tl.store(at, x, mask=(row + rows < T)[:, None])
-    else:
-        tl.store(at, x, mask=(row + rows < T)[:, None] & (cols < D)[None, :])
-
-
-@triton.jit
-def vector(ref, row, stride, T: tl.constexpr, C: tl.constexpr):
-    """`[C]` from a row on, 0 beyond T; rows are `stride` apart."""
-    rows = row + tl.arange(0, C)
-    return tl.load(ref + tl.cast(rows, tl.int64) * stride, mask=rows < T, other=0.0)
-
-
-@triton.jit
-def sums_of_gates(ref, row, stride, T: tl.constexpr, C: tl.constexpr):
-    """b of a chunk."""
-    return tl.cumsum(tl.maximum(vector(ref, row, stride, T, C), FORGOTTEN), 0)
-
-
-@triton.jit
-def decay_between(b, C: tl.constexpr):
-    """exp(b_t - b_s) for s <= t, else 0."""
-    t = tl.arange(0, C)
-    seen = t[:, None] >= t[None, :]
-    return tl.where(seen, tl.exp(tl.where(seen, b[:, None] - b[None, :], 0.0)), 0.0)
-
-
-@triton.jit
-def last_of(b, C: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, C) == C - 1, b, 0.0), 0)
-
-
-@triton.jit
-def at_head(ref, b, h, T: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
-    """Where an array `[B, T, HEADS, D]` has the first step of a head of H."""
-    return ref + (b * T * HEADS + h // (H // HEADS)) * D
 
 
 @triton.jit
