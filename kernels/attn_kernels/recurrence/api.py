@@ -221,8 +221,8 @@ def _on_gpu(
         q, k, v, gates, beta = apart(segment_ids, q, k, v, gates, beta)
         log_decay = gates[..., 0] if per_head else gates
     if initial_state is None:
-        heads = max(x.shape[2] for x in (q, k, v, log_decay, beta) if x is not None)
-        zeros = jnp.zeros((q.shape[0], heads, q.shape[3], v.shape[3]), jnp.float32)
+        _, state = jax.eval_shape(lambda: _checked(*arrays))
+        zeros = jnp.zeros(state.shape, state.dtype)
         initial_state = varying_like(zeros, (q, k, v, log_decay, beta))
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])

@@ -1,0 +1,295 @@
+"""Programs of warpgroups on Hopper GPUs: all but one compute, the last fetches for them.
+
+A computing warpgroup holds a block of rows in shared memory. The blocks of the other axis that the
+mask leaves arrive in the order of a list: full ones first, on which the predicate is not evaluated.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from attn_kernels import gpu
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
+LANES = 64  # dimensions of a head are padded to a multiple
+STEPS = 8  # and lengths, for copies of blocks
+# By computing warpgroups, the registers of theirs and of the one that fetches.
+REGISTERS = {2: (232, 40), 3: (160, 32)}
+
+
+@dataclasses.dataclass
+class Program:
+    """What a computing warpgroup works with.
+
+    Attributes:
+      b, h: batch and query head.
+      start: the position of its first row.
+      full, some: how many fetched blocks are full, and how many there are.
+      block: the number of the n-th of them on its axis.
+      held: its blocks of rows, in shared memory.
+      fetched, ready, used: the slots of the fetched blocks, and their barriers.
+      passing: a barrier for two warpgroups that take turns, None for more.
+    """
+
+    wg: jax.Array
+    b: jax.Array
+    h: jax.Array
+    start: jax.Array
+    full: jax.Array
+    some: jax.Array
+    block: Callable
+    held: Sequence
+    fetched: Sequence
+    ready: Sequence
+    used: Sequence
+    passing: object
+
+    def leave(self):
+        """Leaves the tensor cores to the other warpgroup."""
+        if self.passing is not None:
+            plgpu.barrier_arrive(self.passing)
+
+    def enter(self):
+        if self.passing is not None:
+            plgpu.barrier_wait(self.passing)
+
+    def turn(self):
+        self.leave()
+        self.enter()
+
+    def loop(self, step, carry):
+        """`step(n, carry, whole)` for all fetched blocks."""
+        carry = lax.fori_loop(0, self.full, functools.partial(step, whole=True), carry)
+        return lax.fori_loop(self.full, self.some, functools.partial(step, whole=False), carry)
+
+
+def run(
+    problem,
+    blocks,
+    held,
+    fetched,
+    extra,
+    lists,
+    leaves,
+    results,
+    compute,
+    spare=(),
+    direct=(),
+    last_first=True,
+):
+    """The arrays that `compute(program, extra, leaves, direct)` gives for every block of rows.
+
+    Args:
+      held: arrays `[B, n, heads, dim]`.
+      fetched: lists of such arrays, and of numbers `[B, H, n]`, that arrive together.
+      extra: arrays that are read where they are.
+      spare: results that have no held block of their size to leave through.
+      direct: shapes of more results, which `compute` itself writes.
+      last_first: whether programs for the last rows go first.
+      lists: from `tile_lists`.
+      results: shapes, `[B, n, H, dim]` or `[B, H, n]`, n a multiple of two blocks of rows.
+    """
+    batch, dtype = held[0].shape[0], held[0].dtype
+    slots, rows = blocks.slots, blocks.rows
+    inputs = [*held, *itertools.chain(*fetched), *extra, *lists, *leaves]
+
+    def kernel(*refs):
+        refs = list(refs)
+        parts = []
+        counts = map(len, (held, *fetched, extra, lists, leaves, results, direct))
+        for n in counts:
+            parts.append(refs[:n])
+            del refs[:n]
+
+        def body(held_smem, spare_smem, fetched_smem, vectors, arrived, ready, used, passing):
+            held_refs, *fetched_refs, extra_refs, list_refs, leaf_refs, result_refs, direct_refs = (
+                parts
+            )
+            b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+            # Late queries of causal masks meet the most keys, and early keys the most queries: the
+            # longest programs go first.
+            i = lists[0].shape[2] - 1 - i if last_first else i
+            wg = lax.axis_index("wg")
+            order, full, some = list_refs
+            at = (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
+
+            def head(ref):
+                return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
+
+            def block(n):
+                return order[(*at, n)]
+
+            @pl.when(wg < blocks.warpgroups)
+            def _():
+                registers(REGISTERS[blocks.warpgroups][0], "increase")
+                start = i * blocks.held + wg * rows
+                mine = [x.at[wg] for x in held_smem]
+                for ref, smem in zip(held_refs, mine):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[b, pl.ds(start, rows), head(ref)], smem, arrived.at[wg]
+                    )
+                plgpu.barrier_wait(arrived.at[wg])
+                program = Program(
+                    wg,
+                    b,
+                    h,
+                    start,
+                    full[at],
+                    some[at],
+                    block,
+                    mine,
+                    fetched_smem,
+                    ready,
+                    used,
+                    passing if blocks.warpgroups == 2 else None,
+                )
+                found = compute(program, extra_refs, leaf_refs, direct_refs)
+                free = [*mine, *(x.at[wg] for x in spare_smem)]
+                numbers = iter(range(vectors.shape[0]))
+                for value, ref in zip(found, result_refs):
+                    if value.ndim == 1:
+                        smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
+                    else:
+                        place = b, pl.ds(start, rows), h
+                        at_hand = [n for n, x in enumerate(free) if x.shape == value.shape]
+                        if not at_hand:  # what left before has to be out of it
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                            free = [*mine, *(x.at[wg] for x in spare_smem)]
+                            at_hand = [n for n, x in enumerate(free) if x.shape == value.shape]
+                        smem = free.pop(at_hand[0])
+                    smem[...] = value.astype(smem.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(smem, ref.at[place])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(wg == blocks.warpgroups)
+            def _():
+                registers(REGISTERS[blocks.warpgroups][1], "decrease")
+
+                @pl.loop(0, some[at])
+                def _(n):
+                    slot = blocks.slot(n)
+                    columns = pl.ds(block(n) * blocks.columns, blocks.columns)
+                    for refs, smems, barrier, free in zip(fetched_refs, fetched_smem, ready, used):
+
+                        @pl.when(n >= slots)
+                        def _(free=free):
+                            plgpu.barrier_wait(free.at[slot])
+
+                        for ref, smem in zip(refs, smems):
+                            numbers = len(ref.shape) == 3
+                            place = (b, h, columns) if numbers else (b, columns, head(ref))
+                            plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
+
+                @pl.loop(jnp.maximum(some[at] - slots, 0), some[at])
+                def _(n):
+                    for free in used:
+                        plgpu.barrier_wait(free.at[blocks.slot(n)])
+
+        def shared(count, length, x):
+            if len(x.shape) == 3:
+                return plgpu.SMEM((count, length), jnp.float32)
+            transforms = plgpu.TilingTransform((STEPS, LANES)), plgpu.SwizzleTransform(128)
+            return plgpu.SMEM((count, length, x.shape[-1]), dtype, transforms=transforms)
+
+        number, groups = max(1, sum(len(x.shape) == 3 for x in results)), blocks.warpgroups
+        pl.run_scoped(
+            body,
+            [shared(groups, rows, x) for x in held],
+            [shared(groups, rows, x) for x in spare],
+            [[shared(slots, blocks.columns, x) for x in part] for part in fetched],
+            plgpu.SMEM((number, groups, rows), jnp.float32),
+            plgpu.Barrier(num_arrivals=len(held), num_barriers=groups),
+            [plgpu.Barrier(num_arrivals=len(part), num_barriers=slots) for part in fetched],
+            [plgpu.Barrier(num_arrivals=groups, num_barriers=slots) for _ in fetched],
+            plgpu.Barrier(num_arrivals=groups),
+            collective_axes="wg",
+        )
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[*results, *direct],
+        grid=(problem.heads, lists[0].shape[2], batch),
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=blocks.warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if gpu.interpreted() else False,
+    )(*inputs)
+
+
+def registers(number, action):
+    if not gpu.interpreted():
+        plgpu.set_max_registers(number, action=action)
+
+
+def product(a, b, meanwhile):
+    """a b of two blocks in shared memory, and what `meanwhile` gives, before it is waited for."""
+
+    def body(acc):
+        plgpu.wgmma(acc, a, b)
+        found = meanwhile()
+        return acc[...], found
+
+    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def two_products(first, second, ready, meanwhile, between):
+    """`between(a b, ...)` and c d, the second product running meanwhile.
+
+    Args:
+      first, second: a and b, c and d, in shared memory.
+      ready: waits for the second.
+      meanwhile: what it gives before the first is waited for is the other argument of `between`.
+      between: a function of arrays.
+    """
+    if gpu.interpreted():
+        found = between(*product(*first, meanwhile))
+        ready()
+        return found, product(*second, lambda: None)[0]
+
+    def body(one, other):
+        plgpu.wgmma(one, *first)
+        ready()
+        plgpu.wgmma(other, *second)
+        loaded = meanwhile()
+        found = between(plgpu.wgmma_accumulator_load(one, wait_n=1), loaded)
+        return lax.optimization_barrier(found), other[...]
+
+    shapes = [(a.shape[0], b.shape[1]) for a, b in (first, second)]
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def plus_product(sums, a, b, meanwhile=lambda: None):
+    """sums + a b, with b in shared memory."""
+    if gpu.interpreted():
+        meanwhile()
+        return sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+
+    def body(acc):
+        plgpu.wgmma(acc, a, b)
+        meanwhile()
+
+    return pl.run_state(body)(plgpu.ACC.init(sums))
+
+
+def zeros(*shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) > 1 else ROWS)
+
+
+def along_rows(program, ref, rows):
+    """The numbers of `[B|1, H|1, n]` at the rows of a program."""
+    lead = tuple(i if size > 1 else 0 for i, size in zip((program.b, program.h), ref.shape))
+    return plgpu.load(ref.at[(*lead, pl.ds(program.start, rows))], layout=ROWS, optimized=False)
+
+
+def over(vector, shape):
+    return lax.broadcast_in_dim(vector, shape, [0])
