@@ -41,6 +41,7 @@ from attn_lab.ops import as_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
 from experiments import peers
+from experiments.compiling import Ready, compile_all, failure
 from experiments.growth import SERIES, crossovers, fastest, growth
 from experiments.programs import Program, program
 from experiments.ratios import ratios
@@ -67,15 +68,20 @@ class Case:
       row: the mechanism.
       sizes: its sizes.
       implementation: its name.
-      call: a function of arrays and `causal`, or the name of a peer.
+      variant: the keyword arguments that choose it; None of another library.
       kind: the pass.
     """
 
     row: Mechanism
     sizes: Sizes
     implementation: str
-    call: Any
+    variant: Mapping[str, str] | None
     kind: str
+
+    def __reduce__(self):
+        """By the name of the row, whose functions may have none."""
+        given = self.implementation, self.variant, self.kind
+        return _case, (self.row.name, isinstance(self.row, Program), self.sizes, *given)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -86,7 +92,7 @@ class Case:
 
     @property
     def of_peer(self) -> bool:
-        return isinstance(self.call, str)
+        return self.variant is None
 
     @property
     def place(self) -> tuple[str, Sizes]:
@@ -103,28 +109,25 @@ class Case:
         return self.row.constants if isinstance(self.row, Program) else ()
 
 
-def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Any]:
-    """The row's implementations by name: functions of arrays and `causal`, or the name of a peer.
+def _case(name, programmed, sizes, *given):
+    return Case(program(name, sizes.T) if programmed else find(name), sizes, *given)
+
+
+def implementations(row: Mechanism, config: ConfigDict) -> dict[str, Mapping[str, str] | None]:
+    """The row's implementations by name: keyword arguments that choose them, None of libraries.
 
     On a GPU and in half precision plain softmax attention also has "cudnn", and so have the
     programs that it can compute. Recurrences and programs have the libraries of `peers` where these
     are installed.
     """
-    found = {}
     variants = row.variants
     half = jnp.dtype(config.dtype).itemsize == 2
     fixed = row.fixed if isinstance(row, Program) else row.name == "dot_product_attention"
     if fixed and half and jax.default_backend() == "gpu":
         variants = *variants, {"implementation": CUDNN}
-    for variant in variants:
-        name = next(iter(variant.values()), row.function.__name__)
-
-        def call(arrays, causal, variant=variant):
-            return row.call(arrays, causal=causal, **variant)
-
-        found[name] = call
+    found = {next(iter(v.values()), row.function.__name__): v for v in variants}
     if peer := peers.peer_of(row):
-        found[peer] = peer
+        found[peer] = None
     return found
 
 
@@ -163,9 +166,9 @@ def cases(config: ConfigDict) -> list[Case]:
                 D=part.head_dim,
                 V=part.head_dim,
             )
-            for name, call in calls.items():
+            for name, variant in calls.items():
                 for kind in part.passes if not wanted or name in wanted else ():
-                    found.append(Case(row, row.fit(sizes), name, call, kind))
+                    found.append(Case(row, row.fit(sizes), name, variant, kind))
     for name in missing:
         if name not in known:
             needs = {
@@ -203,17 +206,12 @@ def example(config: ConfigDict, case: Case) -> dict[str, jax.Array]:
     return case.row.example(case.sizes, jax.random.key(0), jnp.dtype(config.dtype))
 
 
-def compiled_example(config: ConfigDict, case: Case) -> Callable[[], dict[str, jax.Array]]:
-    """The program that makes the arguments of a case."""
-    return jax.jit(functools.partial(example, config, case)).lower().compile()
-
-
-def compiled(config: ConfigDict, case: Case) -> Any:
-    """The program of a case, or why there is none."""
+def lowered(config: ConfigDict, case: Case) -> jax.stages.Lowered:
+    """The program of a case."""
     causal = pattern(config, case.row)
 
     def forward(arrays):
-        return case.call(arrays, causal)
+        return case.row.call(arrays, causal=causal, **case.variant)
 
     def both(arrays):
         moving = {name: x for name, x in arrays.items() if name not in case.constants}
@@ -221,18 +219,7 @@ def compiled(config: ConfigDict, case: Case) -> Any:
         return out, pullback(out)
 
     arrays = jax.eval_shape(functools.partial(example, config, case))
-    try:
-        return jax.jit(both if case.backward else forward).lower(arrays).compile()
-    except Exception as error:  # of compilers of kernels, whose errors have no base in common
-        return failure(error)
-
-
-def failure(error: Exception) -> dict[str, Any]:
-    """What is recorded of a case that has no time."""
-    text = str(error)
-    full = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-    reason = text.strip().split("\n")[0][:300]
-    return {"error": "out of memory" if full else "refused", "reason": reason}
+    return jax.jit(both if case.backward else forward).lower(arrays)
 
 
 def work_of(config: ConfigDict, case: Case) -> dict[str, float]:
@@ -242,14 +229,17 @@ def work_of(config: ConfigDict, case: Case) -> dict[str, float]:
 
 
 def measure(
-    config: ConfigDict, case: Case, program: Any, arrays: Mapping[str, jax.Array]
+    config: ConfigDict,
+    case: Case,
+    program: Ready | dict[str, Any] | None,
+    arrays: Mapping[str, jax.Array],
 ) -> dict[str, Any]:
     """Time and memory of a case.
 
     Args:
       config: of the benchmark.
       case: what to time.
-      program: from `compiled`; of a peer a forward pass of ours to compare it with, or None.
+      program: from `compile_all`; of a peer a forward pass of ours to compare it with, or None.
       arrays: the arguments.
 
     Returns:
@@ -262,16 +252,17 @@ def measure(
     try:
         if case.of_peer:
             given = case.row, arrays, case.backward, case.constants
-            timed, memory = peers.prepare(*given, program, config.tuning)
+            timed, memory = peers.prepare(*given, program and program.program, config.tuning)
             seconds = timings(timed, config.repeats)
         else:
-            temporary = program.memory_analysis().temp_size_in_bytes
-            memory["temporary_megabytes"] = temporary / 1e6
+            memory["temporary_megabytes"] = program.temporary / 1e6
             free = free_bytes()
-            if temporary > free:
-                reason = f"{temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
+            if program.temporary > free:
+                reason = (
+                    f"{program.temporary / 1e9:.1f} GB of temporaries, {free / 1e9:.1f} GB free"
+                )
                 return {"error": "out of memory", "reason": reason, **memory}
-            seconds = timings(lambda: program(arrays), config.repeats)
+            seconds = timings(lambda: program.program(arrays), config.repeats)
     except TimeoutError as error:
         return {"error": "too slow to tune", "reason": str(error)}
     except RuntimeError as error:
@@ -309,12 +300,9 @@ def results(
     own = [case for case in todo if not case.of_peer]
     others = [case for case in todo if case.of_peer]
     one_of = {case.place: case for case in todo}
+    work = {place: work_of(config, case) for place, case in one_of.items()}
     # Compilation beside them would disturb the times.
-    with ThreadPoolExecutor(config.threads) as pool:
-        work = pool.map(functools.partial(work_of, config), one_of.values())
-        examples = pool.map(functools.partial(compiled_example, config), one_of.values())
-        programs = list(pool.map(functools.partial(compiled, config), own))
-        work, examples = dict(zip(one_of, work)), dict(zip(one_of, examples))
+    programs = compile_all(functools.partial(lowered, config), own, config.processes)
     place, arrays = None, None
 
     def timed(case, program):
@@ -322,7 +310,7 @@ def results(
         found = too_slow(config, case, rows)
         if not found and case.place != place and not isinstance(program, dict):
             arrays = None  # before others take their memory
-            place, arrays = case.place, examples[case.place]()
+            place, arrays = case.place, jax.jit(functools.partial(example, config, case))()
         row = case.key | (found or measure(config, case, program, arrays))
         if isinstance(case.row, Program):
             row["plain"] = case.row.plain
@@ -346,9 +334,9 @@ def compile_others(config: ConfigDict, cases: list[Case]) -> None:
     apart = {}
     # They do not depend on batch and length, and a backward pass has those of forward.
     for case in sorted(cases, key=lambda case: not case.backward):
-        if case.call == peers.FLA:
+        if case.implementation == peers.FLA:
             apart.setdefault((case.row.name, case.sizes.H, case.sizes.D), case)
-    with ThreadPoolExecutor(config.threads) as pool:
+    with ThreadPoolExecutor(config.processes) as pool:
         for case in apart.values():
             given = case.row, case.sizes, config.dtype, case.backward, config.tuning
             pool.submit(peers.compile_apart, *given)

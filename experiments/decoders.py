@@ -12,11 +12,11 @@ those of a large matrix product, which is timed in the same run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from attn_lab.training import (
     run_main,
 )
 from attn_lab.training.config import as_dict
-from experiments.benchmark import failure, free_bytes, limits
+from experiments.benchmark import free_bytes, limits
+from experiments.compiling import Ready, compile_all, failure
 from experiments.language import build_model, load_data, loss_fn
 from experiments.plan import model_flops
 from experiments.report import Lines
 
 KEY = "model", "variant", "length", "batch_size"
+PARTS = "start", "step"
 
 
 def variants(config: ConfigDict) -> list[tuple[dict[str, Any], ConfigDict]]:
@@ -69,11 +71,12 @@ def variants(config: ConfigDict) -> list[tuple[dict[str, Any], ConfigDict]]:
     return found
 
 
-def compiled(config: ConfigDict) -> Any:
-    """The programs that make the state of a language config and update it, or why there are none.
+def lowered(part: tuple[ConfigDict, str]) -> jax.stages.Lowered:
+    """A program of a language config: the one that makes its state, or the one that updates it.
 
-    `config.vocab_size` is that of the model.
+    Its `vocab_size` is that of the model.
     """
+    config, name = part
     optimizer = make_optimizer(config.steps, **config.optimizer.to_dict())
     graphdefs = []
 
@@ -82,24 +85,26 @@ def compiled(config: ConfigDict) -> Any:
         graphdefs.append(graphdef)
         return state
 
+    if name == "start":
+        return jax.jit(start).lower()
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32)
-    try:
-        state = jax.eval_shape(start)
-        step = make_train_step(graphdefs[0], loss_fn, optimizer, seed=config.seed)
-        step = step.lower(state, {"inputs": tokens, "targets": tokens})
-        return jax.jit(start).lower().compile(), step.compile()
-    except Exception as error:  # of compilers of kernels, whose errors have no base in common
-        return failure(error)
+    state = jax.eval_shape(start)
+    step = make_train_step(graphdefs[0], loss_fn, optimizer, seed=config.seed)
+    return step.lower(state, {"inputs": tokens, "targets": tokens})
 
 
 def trained(
-    config: ConfigDict, programs: Any, work: tuple[int, int], text: Text, untimed: int
+    config: ConfigDict,
+    programs: tuple[Ready | dict[str, Any], ...],
+    work: tuple[int, int],
+    text: Text,
+    untimed: int,
 ) -> dict[str, Any]:
     """Losses, speed and memory of a variant.
 
     Args:
       config: its language config.
-      programs: from `compiled`.
+      programs: from `compile_all`, for every one of `PARTS`.
       work: from `model_flops`.
       text: its tokens.
       untimed: how many of the first steps are not timed.
@@ -107,15 +112,14 @@ def trained(
     Returns:
       `error` and `reason` where it does not fit into memory or is refused.
     """
-    if isinstance(programs, dict):
-        return programs
-    start, step = programs
-    memory = step.memory_analysis()
-    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = {"gigabytes": needed / 1e9}
-    if needed > free_bytes():
-        reason = f"{needed / 1e9:.1f} GB needed, {free_bytes() / 1e9:.1f} GB free"
+    for found in programs:
+        if isinstance(found, dict):
+            return found
+    start, step = (ready.program for ready in programs)
+    needed = programs[1].total / 1e9
+    found = {"gigabytes": needed}
+    if needed > free_bytes() / 1e9:
+        reason = f"{needed:.1f} GB needed, {free_bytes() / 1e9:.1f} GB free"
         return found | {"error": "out of memory", "reason": reason}
     crops = {"batch_size": config.batch_size, "length": config.length}
     losses = []
@@ -153,12 +157,10 @@ def results(config: ConfigDict, todo: list[tuple[dict, ConfigDict]]) -> Iterator
         multiple = config.vocab_multiple
         own.vocab_size = -(-text.vocab_size // multiple) * multiple
     models = [own for _, own in todo]
-    with ThreadPoolExecutor(config.threads) as pool:
-        programs = pool.map(compiled, models)
-        work = list(pool.map(model_flops, models))
-        programs = list(programs)
-    for (key, own), ready, needed in zip(todo, programs, work):
-        yield key | trained(own, ready, needed, texts[own.file, own.unit], config.untimed)
+    programs = iter(compile_all(lowered, itertools.product(models, PARTS), config.processes))
+    for (key, own), *ready in zip(todo, programs, programs):
+        text = texts[own.file, own.unit]
+        yield key | trained(own, ready, model_flops(own), text, config.untimed)
 
 
 def differences(rows: list[Mapping[str, Any]], todo: list[tuple[dict, ConfigDict]]) -> list[dict]:

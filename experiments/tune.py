@@ -12,7 +12,6 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from attn_lab.ops import sliding_window_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
 from experiments.benchmark import timings
+from experiments.compiling import compile_all
 from experiments.report import Lines
 
 SHARED_BYTES = 232_448  # of a program on Hopper,
@@ -90,15 +90,12 @@ def cases(config: ConfigDict) -> list[dict[str, Any]]:
     ]
 
 
-def compiled(config: ConfigDict, case: dict[str, Any]):
-    """The case's program, or why there is none."""
+def lowered(config: ConfigDict, case: dict[str, Any]) -> jax.stages.Lowered:
+    """The case's program."""
     args = jax.eval_shape(functools.partial(inputs, config, case["dim"], case["dtype"]))
     function = call_of(config, case["kernel"], case["kind"])
-    try:
-        with using(**{case["kernel"]: case["blocks"]}):
-            return jax.jit(lambda *args: function(*args)).lower(*args).compile()
-    except (RuntimeError, ValueError) as error:
-        return str(error).split("\n")[0][:200]
+    with using(**{case["kernel"]: case["blocks"]}):
+        return jax.jit(lambda *args: function(*args)).lower(*args)
 
 
 def inputs(config: ConfigDict, dim: int, dtype: str) -> list[jax.Array]:
@@ -128,20 +125,17 @@ def tune(config: ConfigDict, workdir: str | Path) -> list[dict[str, Any]]:
         for case in todo
         if {name: case[name] for name in KEY} | {"blocks": case["listed"]} not in done
     ]
-    for _, group in itertools.groupby(todo, lambda case: [case[name] for name in KEY]):
-        group = list(group)
-        # Compilation beside them would disturb the times.
-        with ThreadPoolExecutor(config.threads) as pool:
-            programs = list(pool.map(functools.partial(compiled, config), group))
-        for case, program in zip(group, programs):
-            row = {name: case[name] for name in KEY} | {"blocks": case["listed"]}
-            if isinstance(program, str):
-                row["error"] = program
-            else:
-                run = functools.partial(program, *inputs(config, case["dim"], case["dtype"]))
-                row["milliseconds"] = 1e3 * min(timings(run, config.repeats))
-            kept.append(row)
-            print(row, flush=True)
+    # Compilation beside them would disturb the times.
+    programs = compile_all(functools.partial(lowered, config), todo, config.processes)
+    for case, ready in zip(todo, programs):
+        row = {name: case[name] for name in KEY} | {"blocks": case["listed"]}
+        if isinstance(ready, dict):
+            row |= ready
+        else:
+            run = functools.partial(ready.program, *inputs(config, case["dim"], case["dtype"]))
+            row["milliseconds"] = 1e3 * min(timings(run, config.repeats))
+        kept.append(row)
+        print(row, flush=True)
     found = [row for row in table() if row["device"] != device] + best(kept.rows, device)
     text = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in found) + "\n]\n"
     (workdir / "blocks.json").write_text(text)

@@ -26,7 +26,7 @@
   18 x 24 x 24 on 30 x 48 x 80, in tiles of 128, beside dense attention and FlexAttention.
 
 The rows of all but the first three are programs of `experiments/programs.py` in `config.groups`;
-they print ratios in place of growth. All programs are compiled at first, by `config.threads`.
+they print ratios in place of growth. All programs are compiled at first, by `config.processes`.
 
 `--family=recurrence` takes the recurrences of the preset, by their forms. `--config.mechanisms=a,b`
 takes rows of the catalogue instead, whatever the family, and `--config.implementations=xla` some
@@ -56,7 +56,7 @@ KERNELS = dict(
     head_dim=128,
     dtype="bfloat16",
     repeats=5,
-    threads=12,
+    processes=12,
 )
 
 
@@ -94,7 +94,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "repeats": 3,
             "patience": 60.0,
             "tuning": 180.0,
-            "threads": 1,
+            "processes": 1,
         }
     )
     if preset == "recurrence":

@@ -51,7 +51,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "dtype": "bfloat16",
             "steps": 40,
             "untimed": 10,
-            "threads": 9,
+            "processes": 9,
             "repeats": 5,
             "vocab_multiple": 128,
             "models": {"124m": decoder, "char": characters},
@@ -74,7 +74,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             for name, mixer in MIXERS.items()
         )
     elif preset == "quick":
-        config.update(dtype="float32", steps=20, untimed=5, threads=1)
+        config.update(dtype="float32", steps=20, untimed=5, processes=1)
         config.models = ConfigDict({"small": small})
         config.variants = tuple(
             variant("small", name, (name, {"num_heads": 2}), length, 256 // length)

@@ -3,7 +3,7 @@
     python -m experiments.tune --workdir=DIR
 
 - (no preset): head dimensions 64, 128 and 256, bfloat16, all kinds of calls, at 32,768 tokens of 16
-  heads. 6 minutes on one H100 with 16 CPU cores, most of them compilation.
+  heads. Most of the time is compilation, by `config.processes`.
 
 `--config.install=True` writes the table into the package as well.
 """
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
             "length": 8192,
             "heads": 16,
             "repeats": 4,
-            "threads": 12,
+            "processes": 12,
             "install": False,
         }
     )

@@ -224,7 +224,9 @@ def test_crossovers_with_every_implementation_of_the_baseline(tmp_path, monkeypa
         return {"milliseconds": slow * (case.sizes.T**2 / 32 if attends else case.sizes.T)}
 
     monkeypatch.setattr(module, "measure", measure)
-    monkeypatch.setattr(module, "compiled", lambda config, case: None)
+    monkeypatch.setattr(
+        module, "compile_all", lambda lower, items, processes: [None for _ in items]
+    )
     config = tiny(
         mechanisms="causal,linear",
         groups=tuple({"length": length} for length in (8, 16, 32, 64)),

@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from attn_kernels.attention.blocks import KERNELS, KINDS, Blocks, blocks_of, table, using
@@ -19,12 +20,17 @@ def test_the_fastest_blocks_win_and_a_killed_search_goes_on(tmp_path, monkeypatc
     config.dims, config.kinds, config.length = (64,), ("plain",), 8
     built = []
 
-    def compiled(config, case):
+    def lowered(config, case):
         built.append(case)
-        return "too large" if case["blocks"].slots == 3 else lambda *args: case["blocks"].columns
+        if case["blocks"].slots == 3:
+            raise ValueError("too large")
+        columns = case["blocks"].columns
+        return jax.jit(lambda *args: columns).lower(1.0, 1.0, 1.0)
 
-    monkeypatch.setattr(tune, "compiled", compiled)
-    monkeypatch.setattr(tune, "timings", lambda run, repeats: [1 / run()])
+    config.processes = 1
+    monkeypatch.setattr(tune, "lowered", lowered)
+    monkeypatch.setattr(tune, "inputs", lambda *given: (1.0, 1.0, 1.0))
+    monkeypatch.setattr(tune, "timings", lambda run, repeats: [1 / int(run())])
     rows = tune.tune(config, tmp_path)
     assert [row["kernel"] for row in rows if row["device"] == "cpu"] == sorted(KERNELS)
     assert [row["blocks"][1] for row in rows if row["device"] == "cpu"] == [128, 256, 128]
