@@ -28,8 +28,6 @@ from experiments.benchmark import timings
 from experiments.compiling import compile_all
 from experiments.report import Lines
 
-SHARED_BYTES = 232_448  # of a program on Hopper,
-RESERVED = 4096  # of which vectors, barriers and alignment take
 REGISTERS = {2: 224, 3: 144}  # that numbers may take, by computing warpgroups
 KEY = "kernel", "dim", "dtype", "kind"
 
@@ -39,15 +37,15 @@ def candidates(kernel: str, dim: int) -> Iterator[Blocks]:
     arrays = 1 if kernel == "outputs" else 2
     sums = 2 if kernel == "column_slopes" and dim <= 128 else 1
     for columns, slots, groups in itertools.product((64, 128, 192, 256), (1, 2, 3), (2, 3)):
-        shared = 2 * dim * (arrays * groups * 64 + 2 * slots * columns)
+        blocks = Blocks(64, columns, slots, groups)
         # A thread has half as many numbers of an array in float32 as it has columns.
         held = (sums * dim + arrays * columns + columns // 2) / 2
         if (
-            shared < SHARED_BYTES - RESERVED
+            blocks.fits(kernel, (dim, dim))
             and held <= REGISTERS[groups]
             and (slots > 1 or dim > 192)
         ):
-            yield Blocks(64, columns, slots, groups)
+            yield blocks
 
 
 def call_of(config: ConfigDict, kernel: str, kind: str):

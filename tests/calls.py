@@ -55,6 +55,8 @@ def cases(q_len, k_len, dense=True):
     if dense:
         bias = ScoreMod(added, (normal("hqk", HEADS, q_len, k_len),))
         found["bias"] = {"mask": causal, "score_mod": bias}
+        half = ScoreMod(added, (bias.operands[0].astype(jnp.bfloat16),))
+        found["bias_of_16_bits"] = {"mask": ops.sliding_window_mask(70, 30), "score_mod": half}
     return found
 
 

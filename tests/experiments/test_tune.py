@@ -3,7 +3,7 @@ import json
 import jax
 import pytest
 
-from attn_kernels.attention.blocks import KERNELS, KINDS, Blocks, blocks_of, table, using
+from attn_kernels.attention.blocks import KERNELS, KINDS, Blocks, blocks_of, fitting, table, using
 from experiments import tune
 from experiments.configs.tune import get_config
 
@@ -57,6 +57,21 @@ def test_kernels_take_the_blocks_that_are_given():
         assert blocks_of("row_slopes", 64, "bfloat16", "plain") != given
     with pytest.raises(ValueError, match="forward"), using(forward=given):
         pass
+
+
+@pytest.mark.parametrize(
+    ("kernel", "blocks", "dims", "pairs", "want"),
+    [
+        ("outputs", Blocks(64, 128, 2), (128, 128), 1, Blocks(64, 128, 2)),
+        ("outputs", Blocks(64, 256, 3), (64, 64), 1, Blocks(64, 128, 3)),
+        ("outputs", Blocks(64, 256, 3), (64,), 0, Blocks(64, 256, 3)),
+        ("outputs", Blocks(64, 64, 2), (256, 192), 2, Blocks(64, 64, 1)),
+        ("row_slopes", Blocks(64, 64, 1), (256, 256), 2, Blocks(64, 64, 1)),
+        ("row_slopes", Blocks(64, 64, 1), (256, 256), 3, None),
+    ],
+)
+def test_blocks_shrink_until_arrays_of_pairs_fit(kernel, blocks, dims, pairs, want):
+    assert fitting(kernel, blocks, dims, pairs) == want
 
 
 def test_the_table_is_of_known_kernels():

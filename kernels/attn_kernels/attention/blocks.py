@@ -8,8 +8,9 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +20,8 @@ from jax import lax
 TABLE = Path(__file__).with_name("blocks.json")
 KERNELS = ("outputs", "row_slopes", "column_slopes")
 KINDS = ("plain", "modified", "weights")
+SHARED_BYTES = 232_448  # of a program on Hopper,
+RESERVED = 3072  # of which vectors and barriers take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +45,39 @@ class Blocks:
         """Rows of a program."""
         return self.rows * self.warpgroups
 
+    def fits(self, kernel: str, dims: Sequence[int], pairs: int = 0) -> bool:
+        """Whether a kernel's arrays fit into shared memory: see `fitting`."""
+        held = sum(dims)
+        if kernel == "outputs":  # results of another size leave through a place of their own
+            held = dims[0] if len({*dims}) == 1 else sum(dims)
+        fetched = sum(dims) + pairs * self.held
+        numbers = held * self.held + self.slots * self.columns * fetched
+        return 2 * numbers <= SHARED_BYTES - RESERVED
+
     def slot(self, n):
         """Where the n-th fetched block is."""
         if self.slots == 1:
             # 0, as there are fewer blocks: of a constant, all addresses would stay in registers.
             return lax.shift_right_logical(n, jnp.int32(24))
         return lax.rem(n, jnp.int32(self.slots))
+
+
+def fitting(kernel: str, blocks: Blocks, dims: Sequence[int], pairs: int) -> Blocks | None:
+    """The largest part of `blocks` that fits into shared memory, None if none does.
+
+    Args:
+      kernel: one of `KERNELS`.
+      blocks: of rows of the same size.
+      dims: of keys and of values, as far as the kernel takes them.
+      pairs: how many arrays of all pairs are fetched.
+    """
+    columns = (blocks.columns // n for n in (1, 2, 4) if blocks.columns % (64 * n) == 0)
+    found = (
+        dataclasses.replace(blocks, columns=n, slots=slots)
+        for n, slots in itertools.product(columns, range(1, 1 + blocks.slots))
+    )
+    found = [x for x in found if x.fits(kernel, dims, pairs)]
+    return max(found, key=lambda x: (x.slots > 1, x.columns, x.slots), default=None)
 
 
 _given: contextvars.ContextVar[dict[str, Blocks]] = contextvars.ContextVar("blocks")

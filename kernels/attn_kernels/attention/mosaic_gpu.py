@@ -17,7 +17,7 @@ from jax import lax
 from attn_kernels import gpu
 from attn_kernels.attention import traced
 from attn_kernels.attention.ahead import ahead
-from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of
+from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of, fitting
 from attn_kernels.attention.elementwise import COMMON
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.tile import Tile
@@ -28,6 +28,7 @@ from attn_kernels.attention.warpgroups import (
     ROWS,
     STEPS,
     WGMMA,
+    Pairs,
     along_rows,
     over,
     plus_product,
@@ -62,6 +63,7 @@ class Problem:
       growing: whether scores are known to grow with products of queries and keys.
       exact: whether derivatives of operands are sums in which the rounding of outputs would add up.
       pattern: the mask, if it is known then.
+      pairs: which leaves have a number for every pair that is fetched with the blocks of columns.
       forward, rows, columns: the blocks of the three kernels.
     """
 
@@ -71,9 +73,14 @@ class Problem:
     growing: bool
     exact: bool
     pattern: "Known | None"
+    pairs: tuple[int, ...]
     forward: Blocks
     rows: Blocks
     columns: Blocks
+
+    def fetched(self, leaves, held: int) -> list[Pairs]:
+        """The leaves of `pairs`, queries along the rows of programs (`held` 0) or keys (1)."""
+        return [Pairs(leaves[n], held) for n in self.pairs]
 
 
 def refusal(tile: Tile) -> str | None:
@@ -97,9 +104,10 @@ class Tiles:
     Its arrays are two-dimensional, queries along `axis` 0 or 1.
     """
 
-    def __init__(self, problem: Problem, refs, b, h, starts, shape, q_axis: int):
+    def __init__(self, problem: Problem, refs, program, starts, shape, pairs, q_axis: int):
         self.problem, self.parts, self.refs = problem, problem.parts, refs
-        self.b, self.h, self.starts, self.shape = b, h, starts, shape
+        self.b, self.h, self.starts, self.shape = program.b, program.h, starts, shape
+        self.pairs = {n: ref.at[program.wg] for n, ref in zip(problem.pairs, pairs)}
         self.axis = {"q": q_axis, "k": 1 - q_axis}
 
     @property
@@ -127,6 +135,9 @@ class Tiles:
         return [jnp.zeros((), ref.dtype) for ref in self.refs[slice(*numbers)]]
 
     def _leaf(self, n):
+        if n in self.pairs:
+            ref = self.pairs[n]
+            return plgpu.load(ref.T if self.axis["q"] else ref, layout=WGMMA)
         ref, axes = self.refs[n], self.parts.axes[n]
         lead = tuple(i if size > 1 else 0 for i, size in zip((self.b, self.h), ref.shape))
         if axes == "qk":
@@ -217,7 +228,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
     def compute(program, extra, leaf_refs, _):
         scale = extra[0][0]
-        (q_held, *_), ((keys,), *values) = program.held, program.fetched
+        (q_held, *_), ((keys, *pairs), *values) = program.held, program.fetched
         (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
         top, total = zeros(blocks.rows) - jnp.inf, zeros(blocks.rows)
         if sink is not None:
@@ -233,7 +244,8 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             out, top, total = carry
             slot = blocks.slot(n)
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
-            tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
+            at_hand = [x.at[slot] for x in pairs]
+            tile = Tiles(problem, leaf_refs, program, starts, shape, at_hand, 0)
 
             def meanwhile():
                 leaves = tile.load()
@@ -298,8 +310,8 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
         results *= 1 + (problem.exact and problem.parts.softmax)
     stats = jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)
     results += [stats] * (2 if problem.parts.softmax else v is None)
-    held, fetched = [q], [[k]] if v is None else [[k], [v]]
-    return run(problem, blocks, held, fetched, extra, lists, leaves, results, compute, spare)
+    fetched = [[k, *problem.fetched(leaves, 0)], *([] if v is None else [[v]])]
+    return run(problem, blocks, [q], fetched, extra, lists, leaves, results, compute, spare)
 
 
 def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
@@ -316,14 +328,15 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     def compute(program, extra, leaf_refs, pair_refs):
         lse, lost = (along_rows(program, ref, blocks.rows) for ref in extra[:2])
         scale = extra[2][0]
-        (q_held, *dout_held), ((keys,), *values) = program.held, program.fetched
+        (q_held, *dout_held), ((keys, *pairs), *values) = program.held, program.fetched
         (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
 
         def step(n, carry, whole):
             dq, sums = carry
             slot = blocks.slot(n)
             starts = {"q": program.start, "k": program.block(n) * blocks.columns}
-            tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 0)
+            at_hand = [x.at[slot] for x in pairs]
+            tile = Tiles(problem, leaf_refs, program, starts, shape, at_hand, 0)
             plgpu.barrier_wait(k_ready.at[slot])
 
             def weighted(products, leaves):
@@ -366,7 +379,9 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     columns = -(-problem.lengths[1] // blocks.columns) * blocks.columns
     pairs = jax.ShapeDtypeStruct((batch, problem.heads, rows, columns), jnp.float32)
     extra, direct = [lse, lost, scale], [pairs] * len(by_pairs)
-    held, fetched = ([q], [[k]]) if v is None else ([q, dout], [[k], [v]])
+    held, fetched = [q], [[k, *problem.fetched(leaves, 0)]]
+    if v is not None:
+        held, fetched = [*held, dout], [*fetched, [v]]
     found = run(
         problem, blocks, held, fetched, extra, lists, leaves, results, compute, direct=direct
     )
@@ -387,6 +402,7 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
         scale = extra[0][0]
         k_held, *v_held = program.held
         (queries, *numbers), *others = program.fetched
+        pairs = [numbers.pop(0) for _ in problem.pairs]
         (q_ready, *dout_ready), (q_used, *dout_used) = program.ready, program.used
         if others:
             (douts, *more), dout_ready, dout_used = others[0], dout_ready[0], dout_used[0]
@@ -396,7 +412,8 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
             sums, columns = carry
             slot = blocks.slot(n)
             starts = {"k": program.start, "q": program.block(n) * blocks.columns}
-            tile = Tiles(problem, leaf_refs, program.b, program.h, starts, shape, 1)
+            at_hand = [x.at[slot] for x in pairs]
+            tile = Tiles(problem, leaf_refs, program, starts, shape, at_hand, 1)
 
             def at_queries(n):
                 if not numbers:
@@ -450,12 +467,13 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
     spare = results if wanted == "v" and dims["k"] != dims["v"] else []
     results += [jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)] * len(by_columns)
     lse, losses = ([lse], [lost]) if softmax else ([], [])
+    queries = [q, *problem.fetched(leaves, 1), *lse]
     if v is None:
-        held, fetched = [k], [[q, *lse, lost]]
+        held, fetched = [k], [[*queries, lost]]
     elif wanted == "v":
-        held, fetched = [k], [[q, *lse], [dout]]
+        held, fetched = [k], [queries, [dout]]
     else:
-        held, fetched = [k, v], [[q, *lse], [dout, *losses]]
+        held, fetched = [k, v], [queries, [dout, *losses]]
     found = run(
         problem,
         blocks,
@@ -493,10 +511,13 @@ def attend(tile: Tile):
     )
     v = None if tile.summing else v[0]
     kind = "plain" if parts.plain else "modified" if parts.softmax else "weights"
-    dim = max(x.shape[3] for x in (k, v) if x is not None)
-    blocks = [blocks_of(kernel, dim, q.dtype, kind) for kernel in KERNELS]
+    dims = [x.shape[3] for x in (k, v) if x is not None]
+    pairs = parts.of_pairs(leaves)
+    blocks = {name: blocks_of(name, max(dims), q.dtype, kind) for name in KERNELS}
+    smaller = [fitting(name, x, dims, len(pairs)) for name, x in blocks.items()]
+    pairs, blocks = ((), blocks.values()) if None in smaller else (pairs, smaller)
     growing = not isinstance(tile.scale, jax.core.Tracer) and float(tile.scale) > 0
-    problem = Problem(parts, tile.q.shape[1], lengths, growing, False, pattern, *blocks)
+    problem = Problem(parts, tile.q.shape[1], lengths, growing, False, pattern, pairs, *blocks)
     args = q, k, v, tile.scale, sink, leaves
     out, stats = _attend(problem, *varying(args, args))
     if tile.summing:
@@ -532,18 +553,19 @@ def _prepared(problem, blocks, rows, leaves, every=False):
     sizes = sizes if rows == "q" else sizes[::-1]
     whole = {a: -(-n // size) * size for a, n, size in zip("qk", problem.lengths, sizes)}
 
-    def lay_out(x, axes):
+    def lay_out(x, axes, fetched):
         ends = [whole[a] - n if a in axes else 0 for a, n in zip("qk", x.shape[2:])]
         x = jnp.pad(x, ((0, 0), (0, 0), (0, ends[0]), (0, ends[1])), mode="edge")
         x = x.reshape(*x.shape[:2], *(x.shape[2 + "qk".index(a)] for a in axes))
-        x = jnp.swapaxes(x, 2, 3) if axes == "qk" and rows == "k" else x
+        x = jnp.swapaxes(x, 2, 3) if axes == "qk" and rows == "k" and not fetched else x
         if x.dtype == jnp.bool_:
             return x.astype(jnp.int32)
         exact = jnp.issubdtype(x.dtype, jnp.floating) and axes != "qk"
         return x.astype(jnp.float32) if exact else x
 
     lists = tile_lists(pattern.mask, problem.lengths, sizes, rows, every)
-    laid = [lay_out(x, axes) for x, axes in zip(leaves, problem.parts.axes)]
+    fetched = [n in problem.pairs for n in range(len(leaves))]
+    laid = [lay_out(*each) for each in zip(leaves, problem.parts.axes, fetched)]
     return laid, lists, whole["q"]
 
 

@@ -25,6 +25,23 @@ STEPS = 8  # and lengths, for copies of blocks
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """An array `[B|1, H|1, n, m]` whose blocks are fetched, each warpgroup's own.
+
+    Attributes:
+      array: numbers of 16 bits.
+      held: which of the last two axes is that of the rows of a program.
+    """
+
+    array: jax.Array
+    held: int
+
+    def in_order(self, along_rows, along_columns):
+        """Both in the order of the last two axes."""
+        return (along_rows, along_columns)[:: -1 if self.held else 1]
+
+
 @dataclasses.dataclass
 class Program:
     """What a computing warpgroup works with.
@@ -89,7 +106,7 @@ def run(
 
     Args:
       held: arrays `[B, n, heads, dim]`.
-      fetched: lists of such arrays, and of numbers `[B, H, n]`, that arrive together.
+      fetched: lists of such arrays, of numbers `[B, H, n]` and of `Pairs`, that arrive together.
       extra: arrays that are read where they are.
       spare: results that have no held block of their size to leave through.
       direct: shapes of more results, which `compute` itself writes.
@@ -99,7 +116,8 @@ def run(
     """
     batch, dtype = held[0].shape[0], held[0].dtype
     slots, rows = blocks.slots, blocks.rows
-    inputs = [*held, *itertools.chain(*fetched), *extra, *lists, *leaves]
+    arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
+    inputs = [*held, *arrays, *extra, *lists, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
@@ -114,12 +132,16 @@ def run(
                 parts
             )
             b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
+
+            def lead(ref):
+                return tuple(n if size > 1 else 0 for n, size in zip((b, h), ref.shape))
+
             # Late queries of causal masks meet the most keys, and early keys the most queries: the
             # longest programs go first.
             i = lists[0].shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
             order, full, some = list_refs
-            at = (b if full.shape[0] > 1 else 0, h if full.shape[1] > 1 else 0, i)
+            at = (*lead(full), i)
 
             def head(ref):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
@@ -178,13 +200,24 @@ def run(
                 def _(n):
                     slot = blocks.slot(n)
                     columns = pl.ds(block(n) * blocks.columns, blocks.columns)
-                    for refs, smems, barrier, free in zip(fetched_refs, fetched_smem, ready, used):
+                    for part, refs, smems, barrier, free in zip(
+                        fetched, fetched_refs, fetched_smem, ready, used
+                    ):
 
                         @pl.when(n >= slots)
                         def _(free=free):
                             plgpu.barrier_wait(free.at[slot])
 
-                        for ref, smem in zip(refs, smems):
+                        for x, ref, smem in zip(part, refs, smems):
+                            if isinstance(x, Pairs):
+                                for w in range(blocks.warpgroups):
+                                    mine = pl.ds(i * blocks.held + w * rows, rows)
+                                    plgpu.copy_gmem_to_smem(
+                                        ref.at[(*lead(ref), *x.in_order(mine, columns))],
+                                        smem.at[slot, w],
+                                        barrier.at[slot],
+                                    )
+                                continue
                             numbers = len(ref.shape) == 3
                             place = (b, h, columns) if numbers else (b, columns, head(ref))
                             plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
@@ -195,10 +228,16 @@ def run(
                         plgpu.barrier_wait(free.at[blocks.slot(n)])
 
         def shared(count, length, x):
+            transforms = plgpu.TilingTransform((STEPS, LANES)), plgpu.SwizzleTransform(128)
+            if isinstance(x, Pairs):
+                shape = count, groups, *x.in_order(rows, length)
+                return plgpu.SMEM(shape, x.array.dtype, transforms=transforms)
             if len(x.shape) == 3:
                 return plgpu.SMEM((count, length), jnp.float32)
-            transforms = plgpu.TilingTransform((STEPS, LANES)), plgpu.SwizzleTransform(128)
             return plgpu.SMEM((count, length, x.shape[-1]), dtype, transforms=transforms)
+
+        def arrivals(part):
+            return sum(groups if isinstance(x, Pairs) else 1 for x in part)
 
         number, groups = max(1, sum(len(x.shape) == 3 for x in results)), blocks.warpgroups
         pl.run_scoped(
@@ -208,7 +247,7 @@ def run(
             [[shared(slots, blocks.columns, x) for x in part] for part in fetched],
             plgpu.SMEM((number, groups, rows), jnp.float32),
             plgpu.Barrier(num_arrivals=len(held), num_barriers=groups),
-            [plgpu.Barrier(num_arrivals=len(part), num_barriers=slots) for part in fetched],
+            [plgpu.Barrier(num_arrivals=arrivals(part), num_barriers=slots) for part in fetched],
             [plgpu.Barrier(num_arrivals=groups, num_barriers=slots) for _ in fetched],
             plgpu.Barrier(num_arrivals=groups),
             collective_axes="wg",
@@ -221,7 +260,8 @@ def run(
         grid_names=("heads", "tiles", "batch"),
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Rows are reduced within warps, which need no memory for it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if gpu.interpreted() else False,
     )(*inputs)
 
