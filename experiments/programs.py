@@ -3,6 +3,7 @@
 A program is named by its kind and numbers: `causal`, `window-1024`, `segments-8`,
 `neighborhood-256x256-13x13-8x16` (a grid, a kernel and a tile). Recurrences are the engine's alone,
 without feature maps and normalisers; `step_gla` is as many steps of decoding as the length.
+`average` and `gated_average` are diagonal recurrences of as many channels as all heads have.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn_kernels.attention import ScoreMod, attention, operand, sigmoid, softmax_with_sink
-from attn_kernels.recurrence import linear_attention, step
+from attn_kernels.recurrence import diagonal_recurrence, linear_attention, step
 from attn_lab.catalogue import Mechanism, find
 from attn_lab.catalogue.mechanism import ENGINE_1, QKV
 from attn_lab.ops import causal_mask, neighborhood_mask, segment_mask, sliding_window_mask
@@ -221,7 +222,12 @@ RECURRENCES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gated_delta": ("gated_delta_rule", {}),
 }
 STEPS = {f"step_{kind}": kind for kind in RECURRENCES if kind != "retention"}
-KINDS = *ATTENTIONS, *RECURRENCES, *STEPS
+# the axes of log decays, and of writes and reads where they are not 1
+AVERAGES: Mapping[str, tuple[tuple, tuple | None]] = {
+    "average": (("HD", 16), ("HD", 16)),
+    "gated_average": (("B", "T", "HD", 1), None),
+}
+KINDS = *ATTENTIONS, *RECURRENCES, *STEPS, *AVERAGES
 
 
 def _attention(kind, length, numbers):
@@ -265,6 +271,24 @@ def _recurrence(kind, length):
     return found
 
 
+def _average(kind):
+    decay, others = AVERAGES[kind]
+    arguments = {"x": ("normal", ("B", "T", "HD")), "log_decay": ("log_decay", decay)}
+    if others:
+        arguments |= {"write": ("normal", others), "read": ("normal", others)}
+    return {
+        "function": diagonal_recurrence,
+        "arguments": arguments,
+        "variants": (
+            {"form": "recurrent"},
+            {"implementation": "xla"},
+            {"implementation": "triton"},
+        ),
+        "flops": lambda s: 6 * s.B * s.T * s.H * s.D * decay[-1],
+        "plain": "",
+    }
+
+
 def program(name: str, length: int) -> Program:
     """The program of a name; attention is causal unless it says otherwise.
 
@@ -282,8 +306,10 @@ def program(name: str, length: int) -> Program:
         given = []
     if len(given) != len(wanted):
         raise ValueError(f"program {kind!r} is {'-'.join([kind, *wanted])}, got {name!r}")
-    in_attention = kind in ATTENTIONS
-    found = _attention(kind, length, given) if in_attention else _recurrence(kind, length)
+    if kind in ATTENTIONS:
+        found = _attention(kind, length, given)
+    else:
+        found = _average(kind) if kind in AVERAGES else _recurrence(kind, length)
     return Program(
         **{**found, "name": name, "family": "program", "causal": (False,)},
         title="",

@@ -11,7 +11,8 @@
 - recurrence_h100: the raw recurrences of engine 2 by its kernels for GPUs in bfloat16, beside
   flash-linear-attention, which must be installed (`fla-core`, PyTorch): batch x length x heads x
   dimension 8 x 8192 x 16 x 128, 1 x 65,536 x 16 x 128, 32 x 2048 x 4 x 256 and 32 x 2048 x 4 x 64.
-  Most of the time is its tuning, for which a call has `config.tuning` seconds.
+  Most of the time is its tuning, for which a call has `config.tuning` seconds. Moving averages of
+  2048 channels, with 16 numbers each and with a gate, are beside XLA's chunks at the first two.
 - decoding_h100: steps of decoding for 32 heads of 128 at batch 1, 8 and 64, by XLA and by the
   kernel: microseconds a step, of 256 steps in one loop and (length 1) of single calls. States of
   the smaller batches stay in the cache of an H100, which is faster than its memory.
@@ -112,6 +113,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
             {"batch": batch, "length": length, "heads": heads, "kv_heads": heads, "head_dim": dim}
             for batch, length, heads, dim in shapes
         ]
+        averages = {"mechanisms": "average,gated_average", "implementations": "xla,triton"}
+        groups += [group | averages for group in groups[:2]]
         config.update(KERNELS)
         config.update(
             groups=tuple(groups),

@@ -1,5 +1,7 @@
 """When kernels are run on GPUs, and on which."""
 
+import importlib.util
+
 import jax
 
 from attn_kernels.parallel import of_one_device
@@ -16,6 +18,14 @@ def interpreted() -> bool:
 def supported() -> bool:
     """Whether this JAX has what the kernels are written in."""
     return jax.version.__version_info__ >= NEEDED
+
+
+def missing_triton() -> str | None:
+    """Why Triton kernels cannot be run, None if they can."""
+    for package in "triton", "jax_triton":
+        if importlib.util.find_spec(package) is None:
+            return f"it needs the package {package}"
+    return None
 
 
 def available() -> bool:

@@ -9,7 +9,7 @@ from attn_kernels.recurrence import step
 from attn_lab import ops
 from attn_lab.catalogue import Sizes
 from experiments import peers
-from experiments.programs import ATTENTIONS, BUCKETS, RECURRENCES, STEPS, program
+from experiments.programs import ATTENTIONS, AVERAGES, BUCKETS, RECURRENCES, STEPS, program
 
 SIZES = Sizes(B=2, T=128, S=128, H=4, K=4, D=16, V=16)
 NAMES = (
@@ -40,7 +40,7 @@ def test_implementations_agree(name):
     np.testing.assert_allclose(row.call(arrays, implementation="xla"), want, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize("name", [*RECURRENCES, *AVERAGES])
 def test_recurrences_are_those_of_the_engine(name):
     row = program(name, SIZES.T)
     arrays = row.example(SIZES, jax.random.key(0))

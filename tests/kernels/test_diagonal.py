@@ -139,6 +139,7 @@ def test_gradient_keeps_a_state_a_chunk():
     [
         (dict(form="fft"), "form"),
         (dict(chunk_size=0), "chunk_size"),
+        (dict(implementation="cuda"), "implementation"),
         (dict(x=jnp.ones((2, 13, 3), int)), "x must be floating"),
         (dict(log_decay=jnp.ones((2, 12, 3, 4))), "log_decay must be"),
         (dict(read=jnp.ones((3, 5))), "read must be"),

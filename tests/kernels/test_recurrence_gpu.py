@@ -1,5 +1,4 @@
 import functools
-import importlib.util
 
 import h100
 import jax
@@ -11,6 +10,7 @@ from recurrences import everything
 
 from attn_kernels import gpu
 from attn_kernels.recurrence import linear_attention
+from attn_lab import ops
 
 NEW = jax.version.__version_info__ >= (0, 11, 1)
 needs_new_jax = pytest.mark.skipif(
@@ -108,9 +108,6 @@ def test_refusals(change, match):
 )
 def test_compiles_for_an_h100(monkeypatch, dim, width):
     """With its gradient; the compiler's report of registers and spills is printed."""
-    for plugin in "jax_cuda13_plugin", "jax_plugins.xla_cuda13":
-        if importlib.util.find_spec(plugin.split(".")[0]) is None:
-            pytest.skip(f"the wheel of {plugin} is not installed")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     sharding = jax.sharding.SingleDeviceSharding(h100.device())
@@ -131,3 +128,20 @@ def test_compiles_for_an_h100(monkeypatch, dim, width):
         return jax.grad(loss)(arrays)
 
     gradient.trace(arrays).lower(lowering_platforms=("cuda",)).compile()
+
+
+@needs_new_jax
+def test_a_short_convolution_is_one_program_on_an_h100():
+    """With the activation behind it, and holds nothing beside its input and output."""
+    sharding = jax.sharding.SingleDeviceSharding(h100.device())
+    x = jax.ShapeDtypeStruct((8, 4096, 1024), jnp.bfloat16, sharding=sharding)
+    kernel = jax.ShapeDtypeStruct((4, 1024), jnp.float32, sharding=sharding)
+
+    @jax.jit
+    def convolved(x, kernel):
+        return jax.nn.silu(ops.short_conv(x, kernel))
+
+    program = convolved.trace(x, kernel).lower(lowering_platforms=("cuda",)).compile()
+    assert program.memory_analysis().temp_size_in_bytes == 0
+    entry = program.as_text().split("ENTRY")[1]
+    assert entry.count(" fusion(") == 1 and "custom-call" not in entry

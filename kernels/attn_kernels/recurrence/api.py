@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import math
 
 import jax
@@ -172,7 +171,9 @@ def step(
     checked = functools.partial(_checked, **one, scale=scale)
     if implementation == "triton":
         _, wide = jax.eval_shape(lambda state: checked(initial_state=state), state)
-        reason = _missing() or ("" if wide.dtype == jnp.float32 else f"sums are in {wide.dtype}")
+        reason = gpu.missing_triton() or (
+            "" if wide.dtype == jnp.float32 else f"sums are in {wide.dtype}"
+        )
         if reason:
             raise NotImplementedError(f"the Triton kernel of step: {reason}")
         from attn_kernels.recurrence.triton import step as on_gpu
@@ -242,7 +243,7 @@ def _chosen(q, k, v, log_decay, beta, *rest):
 
 def _obstacle(implementation, q, k, v, log_decay, beta, scale, initial_state, chunk_size):
     """Why kernels for GPUs cannot serve a call, None if they can."""
-    if implementation == "triton" and (reason := _missing()):
+    if implementation == "triton" and (reason := gpu.missing_triton()):
         return reason
     if devices.current(kernel=True) is not None:
         return "it is not run by the devices of a mesh"
@@ -253,14 +254,6 @@ def _obstacle(implementation, q, k, v, log_decay, beta, scale, initial_state, ch
 
 def _module(implementation):
     return importlib.import_module(f"attn_kernels.recurrence.{implementation}")
-
-
-def _missing() -> str | None:
-    """Why Triton kernels cannot be run, None if they can."""
-    for package in "triton", "jax_triton":
-        if importlib.util.find_spec(package) is None:
-            return f"it needs the package {package}"
-    return None
 
 
 def _checked(q, k, v, log_decay, beta, scale, initial_state):

@@ -5,11 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn_kernels import gpu
+from attn_kernels import parallel as devices
 from attn_kernels.recurrence import parallel
 from attn_kernels.recurrence.decay import decayed
 from attn_kernels.varying import varying_like
 
 FORMS = ("auto", "chunk", "associative", "recurrent")
+IMPLEMENTATIONS = (None, "xla", "triton")
 SHORT = 8  # below, steps cost less than a tree of them
 
 
@@ -23,6 +26,7 @@ def diagonal_recurrence(
     return_state: bool = False,
     form: str = "auto",
     chunk_size: int = 64,
+    implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Every channel of x is written into N numbers that decay by themselves and are read together.
 
@@ -42,25 +46,51 @@ def diagonal_recurrence(
         another: it holds one state a chunk, in its derivative too) or "auto" (recurrent for short
         T, else chunk). All are differentiable any number of times, in both modes.
       chunk_size: steps a chunk.
+      implementation: None or "xla", or "triton" (a kernel for GPUs that reads everything once, for
+        real sums in float32 and N up to 256, differentiable once in reverse mode; it has no form,
+        and on a CPU runs by Triton's interpreter).
 
     Returns:
       `[B, T, C]` in the dtype of x; with `return_state` also the state `[B, C, N]` in the dtype of
       the sums.
 
     Raises:
-      ValueError: if shapes do not fit, or a form or size is unknown.
+      ValueError: if shapes do not fit, or a form, size or implementation is unknown.
+      NotImplementedError: if the named implementation cannot serve the call.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None, 'xla' or 'triton', got {implementation!r}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     arrays, state = _checked(x, log_decay, write, read, initial_state)
+    if implementation == "triton":
+        if reason := _obstacle(x, state, form):
+            raise NotImplementedError(f"the Triton kernel of diagonal_recurrence: {reason}")
+        from attn_kernels.recurrence.triton import diagonal as on_gpu
+
+        y, state = on_gpu.walk(x, log_decay, write, read, state)
+        return (y, state) if return_state else y
     axes = {name: 1 if a.ndim > 2 else -1 for name, a in arrays.items()}
     run = functools.partial(_run, form=form, chunk_size=chunk_size)
     run = parallel.over_devices(parallel.diagonal, run, axes, x.shape[1])
     y, state = run(arrays, state)
     y = y.astype(x.dtype)
     return (y, state) if return_state else y
+
+
+def _obstacle(x, state, form):
+    """Why the kernel cannot serve a call, None if it can."""
+    if form != "auto":
+        return f"it has no form {form!r}"
+    if reason := gpu.missing_triton():
+        return reason
+    if devices.current(kernel=True) is not None:
+        return "it is not run by the devices of a mesh"
+    from attn_kernels.recurrence.triton import diagonal as on_gpu
+
+    return on_gpu.refusal(x, state, state.shape[-1])
 
 
 def _run(arrays, state, *, form, chunk_size):

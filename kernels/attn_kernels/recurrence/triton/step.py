@@ -8,24 +8,11 @@ import triton
 import triton.language as tl
 
 from attn_kernels.recurrence import definition
-from attn_kernels.recurrence.triton import call
+from attn_kernels.recurrence.triton.call import launch
+from attn_kernels.recurrence.triton.tiles import fade
 
 NUMBERS = 4096  # of the state that a program has
 WARPS = 4
-
-
-@triton.jit
-def _exp_less_1(x):
-    """`exp(x) - 1` for -0.5 <= x <= 0, where the difference of the two would lose digits."""
-    total = 1.0 + x / 9
-    total = 1.0 + x / 8 * total
-    total = 1.0 + x / 7 * total
-    total = 1.0 + x / 6 * total
-    total = 1.0 + x / 5 * total
-    total = 1.0 + x / 4 * total
-    total = 1.0 + x / 3 * total
-    total = 1.0 + x / 2 * total
-    return x * total
 
 
 @triton.jit
@@ -56,9 +43,7 @@ def _step(
             gate = tl.load(gate_ptr + gate_at * dim + d, mask=in_d, other=0.0).to(tl.float32)
         else:
             gate = tl.load(gate_ptr + gate_at).to(tl.float32) + tl.zeros([rows], tl.float32)
-        tiny = gate > -0.5
-        kept = tl.where(tiny, 1.0, tl.exp(gate))
-        change = tl.where(tiny, _exp_less_1(tl.where(tiny, gate, 0.0)), 0.0)
+        kept, change = fade(gate)
         state = kept[:, None] * state + change[:, None] * state
     if delta:
         beta_at = b * beta_heads + h // (heads // beta_heads)
@@ -89,7 +74,7 @@ def step(state, q, k, v, log_decay, beta, scale: float):
     gate, strength = (q if x is None else x for x in (log_decay, beta))
     arrays = dict(q=q, k=k, v=v, gate=gate, beta=strength)
     rows, columns = _block(dim, width)
-    out, last = call.launch(
+    out, last = launch(
         _step,
         (state, *arrays.values()),
         (jax.ShapeDtypeStruct((batch, heads, width), v.dtype), state),

@@ -89,3 +89,25 @@ def last_of(b, C: tl.constexpr):
 def at_head(ref, b, h, T: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
     """Where an array `[B, T, HEADS, D]` has the first step of a head of H."""
     return ref + (b * T * HEADS + h // (H // HEADS)) * D
+
+
+@triton.jit
+def _exp_less_1(x):
+    """`exp(x) - 1` for -0.5 <= x <= 0.5, where the difference of the two would lose digits."""
+    total = 1.0 + x * (1.0 / 9)
+    total = 1.0 + x * (1.0 / 8) * total
+    total = 1.0 + x * (1.0 / 7) * total
+    total = 1.0 + x * (1.0 / 6) * total
+    total = 1.0 + x * (1.0 / 5) * total
+    total = 1.0 + x * (1.0 / 4) * total
+    total = 1.0 + x * (1.0 / 3) * total
+    total = 1.0 + x * (1.0 / 2) * total
+    return x * total
+
+
+@triton.jit
+def fade(gate):
+    """`exp(gate)` as two numbers to be added once they are multiplied, as in `decay.decayed`."""
+    tiny = (gate > -0.5) & (gate < 0.5)
+    kept = tl.where(tiny, 1.0, tl.exp(gate))
+    return kept, tl.where(tiny, _exp_less_1(tl.where(tiny, gate, 0.0)), 0.0)
