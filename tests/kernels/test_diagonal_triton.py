@@ -95,6 +95,17 @@ def test_small_decays_do_not_drift():
     check(arrays)
 
 
+@pytest.mark.parametrize("kind", ["average", "selective"])
+def test_long_sequences_are_cut_into_parts(monkeypatch, kind):
+    from attn_kernels.recurrence.triton import diagonal
+
+    arrays = inputs(kind, 48, channels=16)
+    monkeypatch.setattr(diagonal, "SHORTEST", 12)
+    monkeypatch.setattr(diagonal, "PROGRAMS", 4 * 2 * 2)
+    assert diagonal._number([arrays["x"]], arrays["initial_state"]) == 4
+    check(arrays)
+
+
 def test_is_mapped():
     """`jax.vmap` over some arguments equals a loop, for outputs and derivatives."""
     arrays = inputs("average")
@@ -110,9 +121,12 @@ def test_is_mapped():
 
 @pytest.mark.skipif(not gpu.available(), reason="there is no Hopper GPU")
 @kinds
-@pytest.mark.parametrize("size", [1, 16])
-def test_programs_that_fill_a_gpu(kind, size):
-    arrays = inputs(kind, 1000, 512, size, 8, jnp.bfloat16)
+@pytest.mark.parametrize(
+    "length, channels, size, batch", [(1000, 512, 1, 8), (1000, 512, 16, 8), (8192, 64, 1, 2)]
+)
+def test_programs_that_fill_a_gpu(kind, length, channels, size, batch):
+    """Some of whose sequences are cut into parts."""
+    arrays = inputs(kind, length, channels, size, batch, jnp.bfloat16)
     run = jax.jit(functools.partial(everything, implementation="triton"))
     jax.tree.map(np.testing.assert_array_equal, run(arrays), run(arrays))
     check(arrays)

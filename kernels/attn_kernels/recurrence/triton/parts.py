@@ -6,6 +6,8 @@ identity. Parts are walked once for M and N, which are chained, and once more fr
 are then known. The cotangent of a state goes through `M^T`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -35,40 +37,43 @@ def forward(parts: int, q, k, v, state, scale: float, options, keep: bool):
     """`walk`, and M."""
     if parts == 1:
         return *walk.walk(q, k, v, state, scale=scale, keep=keep, **options), None
-    q, k, v, options = _cut(parts, (q, k, v, options))
-    empty = _zeros(parts, state)
+    q, k, v, options = cut(parts, (q, k, v, options))
+    empty = nothing(parts, state)
     _, written, _, _ = walk.walk(None, k, v, empty, outputs=False, **options)
     change = _change(k, empty, options)
-    state = _chained(parts, change, written, state)
+    state = chained(parts, _applied, change, written, state)
     found = walk.walk(q, k, v, state, scale=scale, keep=keep, **options)
     out, last, states, written = found
     last = last.reshape(-1, parts, *last.shape[1:])[:, -1]
-    return _joined(parts, out), last, _joined(parts, states), _joined(parts, written), change
+    return joined(parts, out), last, joined(parts, states), joined(parts, written), change
 
 
 def backward(parts: int, q, k, d_out, d_last, scale: float, options, change):
     """`walk_back`."""
     if parts == 1:
         return walk.walk_back(q, k, d_out, d_last, scale=scale, **options)
-    q, k, d_out, options = _cut(parts, (q, k, d_out, options))
-    empty = _zeros(parts, d_last)
+    q, k, d_out, options = cut(parts, (q, k, d_out, options))
+    empty = nothing(parts, d_last)
     _, read, _ = walk.walk_back(q, k, d_out, empty, scale=scale, keep=False, **options)
-    d_last = _chained(parts, change, read, d_last, reverse=True)
+    back = functools.partial(_applied, reverse=True)
+    d_last = chained(parts, back, change, read, d_last, reverse=True)
     dv, d_first, d_states = walk.walk_back(q, k, d_out, d_last, scale=scale, **options)
     d_first = d_first.reshape(-1, parts, *d_first.shape[1:])[:, 0]
-    return _joined(parts, dv), d_first, _joined(parts, d_states)
+    return joined(parts, dv), d_first, joined(parts, d_states)
 
 
-def _cut(parts, tree):
+def cut(parts, tree):
     """`[B, T, ...]` to `[B parts, T / parts, ...]`."""
     return jax.tree.map(lambda x: x.reshape(-1, x.shape[1] // parts, *x.shape[2:]), tree)
 
 
-def _joined(parts, x):
+def joined(parts, x):
+    """The inverse of `cut`."""
     return None if x is None else x.reshape(-1, parts * x.shape[1], *x.shape[2:])
 
 
-def _zeros(parts, state):
+def nothing(parts, state):
+    """No state, for every part."""
     return varying(jnp.zeros((parts * state.shape[0], *state.shape[1:]), state.dtype), state)
 
 
@@ -88,19 +93,30 @@ def _change(k, state, options):
     return jnp.repeat(change, state.shape[1] // change.shape[1], 1)
 
 
-def _chained(parts, change, found, state, reverse=False):
-    """The states before all parts; in reverse, their cotangents behind all parts."""
+def _applied(change, state, reverse=False):
+    if change.shape[-1] == 1:
+        return change * state
+    return matmul(change.mT if reverse else change, state)
+
+
+def chained(parts, apply, change, found, state, reverse=False):
+    """The states before all parts; in reverse, their cotangents behind all parts.
+
+    Args:
+      parts: how many.
+      apply: `apply(change, state)` is M of a state, in reverse M^T.
+      change: what says M, of every part.
+      found: N, what a part makes of no state.
+      state: before the first part; in reverse, the cotangent behind the last.
+      reverse: whether it is.
+    """
 
     def apart(x):
         return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
     def body(state, part):
         change, found = part
-        if change.shape[-1] > 1:
-            moved = matmul(change.mT if reverse else change, state)
-        else:
-            moved = change * state
-        return moved + found, state
+        return apply(change, state) + found, state
 
     _, states = jax.lax.scan(body, state, (apart(change), apart(found)), reverse=reverse)
     return jnp.moveaxis(states, 0, 1).reshape(-1, *state.shape[1:])
