@@ -40,7 +40,7 @@ def failure(error: Exception) -> dict[str, Any]:
 def compile_all(
     lower: Callable[[Any], jax.stages.Lowered], items: Iterable[Any], processes: int = 1
 ) -> list[Ready | dict[str, Any]]:
-    """Compiles a program for every item.
+    """Compiles a program of one device for every item.
 
     Python lowers one program at a time, and a kernel takes seconds: other processes do it beside
     each other, and this one loads what they compiled. They share a GPU; a TPU has a single process.
@@ -85,4 +85,5 @@ def _serialized(lower, item):
 
 
 def _loaded(program, in_tree, out_tree, *memory):
-    return Ready(serialize_executable.deserialize_and_load(program, in_tree, out_tree), *memory)
+    load = serialize_executable.deserialize_and_load
+    return Ready(load(program, in_tree, out_tree, execution_devices=jax.devices()[:1]), *memory)
