@@ -32,7 +32,7 @@ def inputs(write, decay, length, dim=40, width=24, dtype=jnp.bfloat16):
     return arrays
 
 
-def everything(arrays, **options):
+def everything(arrays, function=linear_attention, **options):
     """Output, last state and the gradients of every argument, with cotangents on both."""
 
     def weigh(x):
@@ -40,10 +40,26 @@ def everything(arrays, **options):
         return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
 
     def loss(arrays):
-        results = linear_attention(**arrays, return_state=True, **options)
+        results = function(**arrays, return_state=True, **options)
         return weigh(results[0]) + weigh(results[1]), results
 
     return jax.grad(loss, has_aux=True)(arrays)
+
+
+def within(got, base, exact, rounding=None):
+    """Results err at most twice as much as others, `base`, in the same precision.
+
+    Args:
+      got, base, exact: trees of arrays.
+      rounding: relative to the largest number, by default that of the dtype of every array.
+    """
+    for (path, a), b, c in zip(
+        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
+    ):
+        assert a.dtype == b.dtype and a.shape == b.shape, path
+        unit = float(jnp.finfo(a.dtype).eps) if rounding is None else rounding
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        assert np.abs(a - c).max() <= 2 * np.abs(b - c).max() + unit * np.abs(c).max(), path
 
 
 def check(implementation, rounding, arrays, form="recurrent", **options):
@@ -54,9 +70,4 @@ def check(implementation, rounding, arrays, form="recurrent", **options):
     base = run(arrays)
     with jax.enable_x64(True):
         exact = run({name: x.astype(jnp.float64) for name, x in arrays.items()})
-    for (path, a), b, c in zip(
-        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
-    ):
-        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
-        bound = 2 * np.abs(b - c).max() + rounding * np.abs(c).max()
-        assert np.abs(a - c).max() <= bound, path
+    within(got, base, exact, rounding)

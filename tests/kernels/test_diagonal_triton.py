@@ -1,10 +1,10 @@
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recurrences
 
 from attn_kernels import gpu
 from attn_kernels.recurrence import diagonal_recurrence
@@ -42,34 +42,8 @@ def inputs(kind, length=37, channels=5, size=3, batch=2, dtype=jnp.float32):
     return arrays
 
 
-def everything(arrays, **options):
-    """Output, last state, and the gradients of every argument, with cotangents on both."""
-
-    def weigh(x):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)).sum()
-
-    def loss(arrays):
-        y, state = diagonal_recurrence(**arrays, return_state=True, **options)
-        return weigh(y) + weigh(state), (y, state)
-
-    return jax.grad(loss, has_aux=True)(arrays)
-
-
-def check(arrays):
-    """The kernel errs at most twice as much as XLA in the same precision."""
-    got = jax.jit(functools.partial(everything, implementation="triton"))(arrays)
-    run = jax.jit(functools.partial(everything, form="recurrent"))
-    base = run(arrays)
-    with jax.enable_x64(True):
-        exact = run({name: x.astype(jnp.float64) for name, x in arrays.items()})
-    for (path, a), b, c in zip(
-        jax.tree.leaves_with_path(got), *map(jax.tree.leaves, (base, exact)), strict=True
-    ):
-        assert a.dtype == b.dtype and a.shape == b.shape, path
-        rounding = float(jnp.finfo(a.dtype).eps)
-        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
-        assert np.abs(a - c).max() <= 2 * np.abs(b - c).max() + rounding * np.abs(c).max(), path
+everything = functools.partial(recurrences.everything, function=diagonal_recurrence)
+check = functools.partial(recurrences.check, "triton", None, function=diagonal_recurrence)
 
 
 @kinds
@@ -97,11 +71,11 @@ def test_small_decays_do_not_drift():
 
 @pytest.mark.parametrize("kind", ["average", "selective"])
 def test_long_sequences_are_cut_into_parts(monkeypatch, kind):
-    from attn_kernels.recurrence.triton import diagonal
+    from attn_kernels.recurrence.triton import diagonal, parts
 
     arrays = inputs(kind, 48, channels=16)
-    monkeypatch.setattr(diagonal, "SHORTEST", 12)
-    monkeypatch.setattr(diagonal, "PROGRAMS", 4 * 2 * 2)
+    monkeypatch.setattr(parts, "SHORTEST", 12)
+    monkeypatch.setattr(parts, "PROCESSORS", 2)
     assert diagonal._number([arrays["x"]], arrays["initial_state"]) == 4
     check(arrays)
 
@@ -163,16 +137,7 @@ def test_compiles_without_a_gpu(monkeypatch, kind, size, capability):
     """Registers, bytes of spills and of shared memory are printed."""
     from attn_kernels.recurrence.triton import diagonal
 
-    short, found = dict(bfloat16="*bf16", float32="*fp32"), []
-
-    def launch(kernel, arrays, results, grid, warps, **constants):
-        given = *(arrays[0] if x is None else x for x in arrays), *results
-        types = ("*fp32" if x is None else short[x.dtype.name] for x in given)
-        types = dict(zip(inspect.signature(kernel.fn).parameters, types))
-        found.append((kernel, types, constants, warps, 2))
-        return [None if x is None else jnp.zeros(x.shape, x.dtype) for x in results]
-
-    monkeypatch.setattr(diagonal, "launch", launch)
+    found = triton_report.launches(monkeypatch, diagonal)
     arrays = inputs(kind, 1000, 64, size, dtype=jnp.bfloat16)
     jax.eval_shape(functools.partial(everything, implementation="triton"), arrays)
     assert [args[0].fn.__name__ for args in found] == ["_walk", "_walk_back"]

@@ -4,6 +4,9 @@ Some steps are loaded together, and the derivative keeps the state before every 
 the cotangent of the state h_t, walking back,
 
     d_t = read_t dy_t + exp(log_decay_{t+1}) d_{t+1}
+
+Kernels have a kind for decays, writes and reads: 0 for ones, 1 if they are constant in time, 2 if
+they vary.
 """
 
 import jax
@@ -11,7 +14,6 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from attn_kernels import gpu
 from attn_kernels.recurrence.decay import decayed
 from attn_kernels.recurrence.triton import parts
 from attn_kernels.recurrence.triton.call import launch
@@ -21,8 +23,6 @@ from attn_kernels.varying import varying
 STEPS = 16  # that are loaded together
 LANES = 32  # numbers of states of a warp
 WIDEST = 256  # numbers of a channel
-PROGRAMS = 8 * gpu.MULTIPROCESSORS  # that a device has places for
-SHORTEST = 1024  # steps of a part
 DTYPES = jnp.bfloat16, jnp.float16, jnp.float32
 
 
@@ -62,13 +62,10 @@ def _run_fwd(*args):
 
 
 def _number(arrays, state):
-    """Into how many parts sequences are cut, for as many programs as a device has places."""
-    x, numbers = arrays[0], state.shape[-1]
-    programs = x.shape[0] * triton.cdiv(x.shape[2], _block(numbers))
-    count = 1
-    while 2 * count * programs <= PROGRAMS and x.shape[1] % (2 * count * SHORTEST) == 0:
-        count *= 2
-    return count
+    """Into how many parts sequences are cut."""
+    (batch, length, channels), numbers = arrays[0].shape, state.shape[-1]
+    programs = batch * triton.cdiv(channels, _block(numbers))
+    return parts.dividing(length, programs, _warps(numbers))
 
 
 def _cut(count, arrays):
@@ -176,20 +173,25 @@ def _block(numbers):
     return max(1, LANES // triton.next_power_of_2(numbers))
 
 
+def _warps(numbers):
+    """Of a program."""
+    return max(1, triton.next_power_of_2(numbers) // LANES)
+
+
 def _sizes(arrays, numbers):
     """The grid and the constants of a call."""
     batch, length, channels = arrays[0].shape
-    block, padded = _block(numbers), triton.next_power_of_2(numbers)
+    block = _block(numbers)
     kinds = [0 if a is None else 2 if a.ndim > 2 else 1 for a in arrays[1:]]
     return dict(zip(("DECAY", "WRITE", "READ"), kinds)) | dict(
         grid=(triton.cdiv(channels, block),),
-        warps=max(1, padded // LANES),
+        warps=_warps(numbers),
         ROWS=batch,
         T=length,
         C=channels,
         N=numbers,
         BLOCK=block,
-        PADDED=padded,
+        PADDED=triton.next_power_of_2(numbers),
         S=STEPS,
     )
 
@@ -209,7 +211,35 @@ def _program(
     c = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, PADDED)
     place = c[:, None] * N + n[None, :]
-    return row, row // ROWS, c, c < C, place, (c < C)[:, None] & (n < N)[None, :]
+    return row, row // ROWS * C * N + place, c, c < C, place, (c < C)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def _always(ref, at, inside, KIND: tl.constexpr):
+    """Numbers that are the same at every step; others are not read."""
+    if KIND == 1:
+        x = _load(ref, at, inside)
+    else:
+        x = 1.0
+    return x
+
+
+@triton.jit
+def _now(ref, at, inside, always, KIND: tl.constexpr):
+    """Numbers of a step."""
+    if KIND == 2:
+        x = _load(ref, at, inside)
+    else:
+        x = always
+    return x
+
+
+@triton.jit
+def _total(x, inside, N: tl.constexpr, PADDED: tl.constexpr):
+    """The sums over the numbers of channels."""
+    if PADDED > N:
+        x = tl.where(inside, x, 0.0)
+    return tl.sum(x, 1)
 
 
 @triton.jit
@@ -220,51 +250,33 @@ def _walk(
     ROWS: tl.constexpr, T: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, PADDED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    row, call, c, in_c, place, inside = _program(ROWS, C, N, BLOCK, PADDED)
+    row, constants, c, in_c, place, inside = _program(ROWS, C, N, BLOCK, PADDED)
     state = _load(state_ptr, row * C * N + place, inside)
-    if DECAY == 1:
-        kept, change = fade(_load(decay_ptr, call * C * N + place, inside))
-    if WRITE == 1:
-        write = _load(write_ptr, call * C * N + place, inside)
-    if READ == 1:
-        read = _load(read_ptr, call * C * N + place, inside)
-    for block in range(0, (T + S - 1) // S):
+    decay = _always(decay_ptr, constants, inside, DECAY)
+    write = _always(write_ptr, constants, inside, WRITE)
+    read = _always(read_ptr, constants, inside, READ)
+    count: tl.constexpr = (T + S - 1) // S
+    for block in range(0, count):
         if KEEP:
-            at = (row * ((T + S - 1) // S) + block) * C * N + place
-            tl.store(kept_ptr + at, state, mask=inside)
+            tl.store(kept_ptr + (row * count + block) * C * N + place, state, mask=inside)
         xs, decays, writes, reads = (), (), (), ()
         for i in tl.static_range(S):
             t = block * S + i
-            step = row * T + t
-            xs += (_load(x_ptr, step * C + c, in_c & (t < T)),)
-            if DECAY == 2:
-                decays += (_load(decay_ptr, step * C * N + place, inside & (t < T)),)
-            if WRITE == 2:
-                writes += (_load(write_ptr, step * C * N + place, inside & (t < T)),)
-            if OUTPUTS and READ == 2:
-                reads += (_load(read_ptr, step * C * N + place, inside & (t < T)),)
+            at, there = (row * T + t) * C * N + place, inside & (t < T)
+            xs += (_load(x_ptr, (row * T + t) * C + c, in_c & (t < T))[:, None],)
+            decays += (_now(decay_ptr, at, there, decay, DECAY),)
+            writes += (_now(write_ptr, at, there, write, WRITE),)
+            if OUTPUTS:
+                reads += (_now(read_ptr, at, there, read, READ),)
         for i in tl.static_range(S):
             t = block * S + i
-            if DECAY == 2:
-                kept, change = fade(decays[i])
-            written = xs[i][:, None]
-            if WRITE == 2:
-                written = written * writes[i]
-            elif WRITE == 1:
-                written = written * write
-            now = kept * state + (change * state + written)
+            kept, change = fade(decays[i])
+            now = kept * state + (change * state + xs[i] * writes[i])
             if T % S:  # beyond the end nothing decays
                 now = tl.where(t < T, now, state)
             state = now
             if OUTPUTS:
-                seen = state
-                if READ == 2:
-                    seen = seen * reads[i]
-                elif READ == 1:
-                    seen = seen * read
-                if PADDED > N:
-                    seen = tl.where(inside, seen, 0.0)
-                y = tl.sum(seen, 1).to(y_ptr.dtype.element_ty)
+                y = _total(state * reads[i], inside, N, PADDED).to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + (row * T + t) * C + c, y, mask=in_c & (t < T))
     tl.store(last_ptr + row * C * N + place, state, mask=inside)
 
@@ -277,87 +289,59 @@ def _walk_back(
     ROWS: tl.constexpr, T: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, PADDED: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    row, call, c, in_c, place, inside = _program(ROWS, C, N, BLOCK, PADDED)
+    row, constants, c, in_c, place, inside = _program(ROWS, C, N, BLOCK, PADDED)
     d_state = _load(d_last_ptr, row * C * N + place, inside)
+    decay = _always(decay_ptr, constants, inside, DECAY)
+    write = _always(write_ptr, constants, inside, WRITE)
+    read = _always(read_ptr, constants, inside, READ)
     d_decay = tl.zeros([BLOCK, PADDED], tl.float32)
     d_write = tl.zeros([BLOCK, PADDED], tl.float32)
     d_read = tl.zeros([BLOCK, PADDED], tl.float32)
-    if DECAY == 1:
-        kept, change = fade(_load(decay_ptr, call * C * N + place, inside))
-    if WRITE == 1:
-        write = _load(write_ptr, call * C * N + place, inside)
-    if READ == 1:
-        read = _load(read_ptr, call * C * N + place, inside)
     count: tl.constexpr = (T + S - 1) // S
     for back in range(0, count):
         block = count - 1 - back
         xs, dys, decays, writes, reads, faded = (), (), (), (), (), ()
         for i in tl.static_range(S):
             t = block * S + i
-            step = row * T + t
-            dys += (_load(dy_ptr, step * C + c, in_c & (t < T))[:, None],)
+            at, there = (row * T + t) * C * N + place, inside & (t < T)
+            dys += (_load(dy_ptr, (row * T + t) * C + c, in_c & (t < T))[:, None],)
+            decays += (_now(decay_ptr, at, there, decay, DECAY),)
+            reads += (_now(read_ptr, at, there, read, READ),)
             if SLOPES:
-                xs += (_load(x_ptr, step * C + c, in_c & (t < T))[:, None],)
-            if DECAY == 2:
-                decays += (_load(decay_ptr, step * C * N + place, inside & (t < T)),)
-            if SLOPES and WRITE == 2:
-                writes += (_load(write_ptr, step * C * N + place, inside & (t < T)),)
-            if READ == 2:
-                reads += (_load(read_ptr, step * C * N + place, inside & (t < T)),)
+                xs += (_load(x_ptr, (row * T + t) * C + c, in_c & (t < T))[:, None],)
+                writes += (_now(write_ptr, at, there, write, WRITE),)
         if SLOPES:
             state = _load(kept_ptr, (row * count + block) * C * N + place, inside)
             for i in tl.static_range(S):
-                if DECAY == 2:
-                    kept, change = fade(decays[i])
+                kept, change = fade(decays[i])
                 faded += (kept * state + change * state,)
-                state = faded[i]
-                if WRITE == 2:
-                    state += xs[i] * writes[i]
-                elif WRITE == 1:
-                    state += xs[i] * write
-                else:
-                    state += xs[i]
+                state = faded[i] + xs[i] * writes[i]
         for i in tl.static_range(S - 1, -1, -1):
             t = block * S + i
-            exists = t < T
-            at = (row * T + t) * C * N + place
-            if READ == 2:
-                d_state += reads[i] * dys[i]
-            elif READ == 1:
-                d_state += read * dys[i]
-            else:
-                d_state += dys[i]
+            at, there = (row * T + t) * C * N + place, inside & (t < T)
+            d_state += reads[i] * dys[i]
             if SLOPES:
-                d_x = d_state
-                state = faded[i]
-                if WRITE == 2:
-                    state += xs[i] * writes[i]
-                    d_x = d_x * writes[i]
-                    tl.store(d_write_ptr + at, d_state * xs[i], mask=inside & exists)
-                elif WRITE == 1:
-                    state += xs[i] * write
-                    d_x = d_x * write
-                    d_write += d_state * xs[i]
-                else:
-                    state += xs[i]
-                if READ == 2:
-                    tl.store(d_read_ptr + at, dys[i] * state, mask=inside & exists)
-                elif READ == 1:
-                    d_read += dys[i] * state
-                if PADDED > N:
-                    d_x = tl.where(inside, d_x, 0.0)
-                d_x = tl.sum(d_x, 1).to(dx_ptr.dtype.element_ty)
-                tl.store(dx_ptr + (row * T + t) * C + c, d_x, mask=in_c & exists)
+                dx = _total(d_state * writes[i], inside, N, PADDED).to(dx_ptr.dtype.element_ty)
+                tl.store(dx_ptr + (row * T + t) * C + c, dx, mask=in_c & (t < T))
                 slope = d_state * faded[i]
                 if DECAY == 2:
-                    tl.store(d_decay_ptr + at, slope, mask=inside & exists)
+                    tl.store(d_decay_ptr + at, slope, mask=there)
                 else:
-                    d_decay += tl.where(exists, slope, 0.0)
-            if DECAY == 2:
-                kept, change = fade(decays[i])
+                    d_decay += tl.where(t < T, slope, 0.0)
+                slope = d_state * xs[i]
+                if WRITE == 2:
+                    tl.store(d_write_ptr + at, slope, mask=there)
+                else:
+                    d_write += slope
+                slope = dys[i] * (faded[i] + xs[i] * writes[i])
+                if READ == 2:
+                    tl.store(d_read_ptr + at, slope, mask=there)
+                else:
+                    d_read += slope
+            kept, change = fade(decays[i])
             earlier = kept * d_state + change * d_state
             if T % S:
-                earlier = tl.where(exists, earlier, d_state)
+                earlier = tl.where(t < T, earlier, d_state)
             d_state = earlier
     at = row * C * N + place
     tl.store(d_first_ptr + at, d_state, mask=inside)

@@ -26,7 +26,11 @@ def number(length: int, state) -> int:
     """Into how many parts sequences are cut."""
     batch, heads, dim, width = state.shape
     block, warps, _ = walk.BLOCKS[padded(dim)]
-    programs = batch * heads * -(-width // block)
+    return dividing(length, batch * heads * -(-width // block), warps)
+
+
+def dividing(length: int, programs: int, warps: int) -> int:
+    """How many equal parts a length has, for as many programs as a device has places."""
     places, parts = PROCESSORS * WARPS // warps // programs, 1
     while 2 * parts <= places and length % (2 * parts * SHORTEST) == 0:
         parts *= 2
