@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def lowered(part: tuple[ConfigDict, str]) -> jax.stages.Lowered:
 
 def trained(
     config: ConfigDict,
-    programs: tuple[Ready | dict[str, Any], ...],
+    programs: Sequence[Ready | dict[str, Any]],
     work: tuple[int, int],
     text: Text,
     untimed: int,

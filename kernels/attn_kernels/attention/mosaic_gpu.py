@@ -6,7 +6,6 @@ Three kernels share one shape: `outputs`, `row_slopes` for the derivatives along
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,14 +19,13 @@ from attn_kernels.attention.ahead import ahead
 from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of, fitting
 from attn_kernels.attention.elementwise import COMMON
 from attn_kernels.attention.mask import Mask
+from attn_kernels.attention.score_tile import LOG2E, ScoreTile
 from attn_kernels.attention.tile import Tile
 from attn_kernels.attention.traced import Parts, parts_of, tile_lists
 from attn_kernels.attention.warpgroups import (
     COLUMNS,
     LANES,
-    ROWS,
     STEPS,
-    WGMMA,
     Pairs,
     along_rows,
     over,
@@ -39,7 +37,6 @@ from attn_kernels.attention.warpgroups import (
 )
 from attn_kernels.varying import varying
 
-LOG2E = math.log2(math.e)
 WIDEST = 256
 PRIMITIVES = COMMON | {"square"}
 
@@ -98,125 +95,6 @@ def refusal(tile: Tile) -> str | None:
     return None
 
 
-class Tiles:
-    """The tile of scores of a computing warpgroup: positions, operands and functions of them.
-
-    Its arrays are two-dimensional, queries along `axis` 0 or 1.
-    """
-
-    def __init__(self, problem: Problem, refs, program, starts, shape, pairs, q_axis: int):
-        self.problem, self.parts, self.refs = problem, problem.parts, refs
-        self.b, self.h, self.starts, self.shape = program.b, program.h, starts, shape
-        self.pairs = {n: ref.at[program.wg] for n, ref in zip(problem.pairs, pairs)}
-        self.axis = {"q": q_axis, "k": 1 - q_axis}
-
-    @property
-    def at(self):
-        """Where the tile is in an array whose last axes are laid out like it."""
-        axes = sorted(self.axis, key=self.axis.get)
-        return tuple(pl.ds(self.starts[a], n) for a, n in zip(axes, self.shape))
-
-    def vector(self, ref, along: str, lead):
-        """Numbers of a row of the reference at the tile's queries or keys, for all pairs."""
-        axis = self.axis[along]
-        ref = ref.at[(*lead, pl.ds(self.starts[along], self.shape[axis]))]
-        x = plgpu.load(ref, layout=(ROWS, COLUMNS)[axis], optimized=False)
-        return lax.broadcast_in_dim(x, self.shape, [axis])
-
-    def load(self):
-        """The leaves of modification and normaliser, while products are computed: see `take`."""
-        return [self._leaf(n) for n in range(self.parts.of_mask, len(self.refs))]
-
-    def take(self, leaves):
-        self.leaves = [*self._zeros(0, self.parts.of_mask), *leaves]
-
-    def _zeros(self, *numbers):
-        """They stand for leaves that are not read."""
-        return [jnp.zeros((), ref.dtype) for ref in self.refs[slice(*numbers)]]
-
-    def _leaf(self, n):
-        if n in self.pairs:
-            ref = self.pairs[n]
-            return plgpu.load(ref.T if self.axis["q"] else ref, layout=WGMMA)
-        ref, axes = self.refs[n], self.parts.axes[n]
-        lead = tuple(i if size > 1 else 0 for i, size in zip((self.b, self.h), ref.shape))
-        if axes == "qk":
-            return plgpu.load(ref.at[(*lead, *self.at)], layout=WGMMA, optimized=False)
-        if axes:
-            return self.vector(ref, axes, lead)
-        # Derivatives of what all pairs share stay apart until they are summed by rows.
-        x = ref[lead]
-        return lax.broadcast_in_dim(x, self.shape, []) if n in self.parts.moving else x
-
-    def index(self, along: str):
-        iota = plgpu.broadcasted_iota(jnp.int32, self.shape, self.axis[along], layout=WGMMA)
-        return iota + self.starts[along]
-
-    @property
-    def place(self):
-        shift = self.problem.lengths[1] - self.problem.lengths[0]
-        return self.b, self.h, self.index("q") + shift, self.index("k")
-
-    def allowed(self):
-        """Which pairs count; queries and keys beyond the end do not."""
-        q_len, k_len = self.problem.lengths
-        exist = (self.index("q") < q_len) & (self.index("k") < k_len)
-        if not self.parts.masked:
-            return exist
-        count = self.parts.of_mask
-        leaves = [*(self._leaf(n) for n in range(count)), *self._zeros(count, None)]
-        allowed = self.parts.allowed(self.place, leaves)
-        return exist & jnp.broadcast_to(allowed, self.shape)
-
-    def value(self, scores):
-        """The modified scores if softmax normalises, else the weights."""
-        return self.parts.value(scores, self.place, self.leaves)
-
-    def weights(self, products, scale, lse, whole: bool):
-        """The weights of pairs.
-
-        Args:
-          products: of queries and keys.
-          scale: what makes scores of them.
-          lse: of softmax, log2 of the denominator.
-          whole: whether every pair is allowed.
-        """
-        if self.parts.plain:
-            found = jnp.exp2(products * (scale * LOG2E) - lse)
-        elif self.parts.softmax:
-            found = jnp.exp2(self.value(products * scale) * LOG2E - lse)
-        else:
-            found = self.value(products * scale)
-        return self._clear(found, whole)
-
-    def slopes(self, products, scale, weights, weight_slopes, lost, whole: bool):
-        """The weights, the derivatives of the scores, and those of the leaves that move.
-
-        Args:
-          products, scale, whole: as in `weights`.
-          weights: from there, of softmax.
-          weight_slopes: the derivatives of the weights; None for 0.
-          lost: what they lose, of softmax or where they are None.
-        """
-        if weight_slopes is None:
-            weight_slopes = -lost
-        elif self.parts.softmax:
-            weight_slopes = weight_slopes - lost
-        if self.parts.softmax:
-            weight_slopes = weights * weight_slopes
-        else:
-            weight_slopes = self._clear(weight_slopes, whole)
-        if self.parts.plain:
-            return weights, weight_slopes
-        found = self.parts.slopes(products * scale, weight_slopes, self.place, self.leaves)
-        # What a modification makes of a slope of 0 may be NaN.
-        value, *found = (self._clear(x, whole) for x in found)
-        return weights if self.parts.softmax else value, *found
-
-    def _clear(self, x, whole: bool):
-        return x if whole else jnp.where(self.allowed(), x, 0.0)
-
-
 def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
     """`[B, T', H, Dv]`, and for softmax the maximum and the sum `[B, H, T']`.
 
@@ -242,10 +120,8 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         def step(n, carry, whole):
             out, top, total = carry
-            slot = blocks.slot(n)
-            starts = {"q": program.start, "k": program.block(n) * blocks.columns}
-            at_hand = [x.at[slot] for x in pairs]
-            tile = Tiles(problem, leaf_refs, program, starts, shape, at_hand, 0)
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0)
+            slot = tile.slot
 
             def meanwhile():
                 leaves = tile.load()
@@ -333,10 +209,8 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
 
         def step(n, carry, whole):
             dq, sums = carry
-            slot = blocks.slot(n)
-            starts = {"q": program.start, "k": program.block(n) * blocks.columns}
-            at_hand = [x.at[slot] for x in pairs]
-            tile = Tiles(problem, leaf_refs, program, starts, shape, at_hand, 0)
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0)
+            slot = tile.slot
             plgpu.barrier_wait(k_ready.at[slot])
 
             def weighted(products, leaves):
@@ -410,10 +284,8 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
 
         def step(n, carry, whole):
             sums, columns = carry
-            slot = blocks.slot(n)
-            starts = {"k": program.start, "q": program.block(n) * blocks.columns}
-            at_hand = [x.at[slot] for x in pairs]
-            tile = Tiles(problem, leaf_refs, program, starts, shape, at_hand, 1)
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 1)
+            slot = tile.slot
 
             def at_queries(n):
                 if not numbers:
@@ -512,7 +384,7 @@ def attend(tile: Tile):
     v = None if tile.summing else v[0]
     kind = "plain" if parts.plain else "modified" if parts.softmax else "weights"
     dims = [x.shape[3] for x in (k, v) if x is not None]
-    pairs = parts.of_pairs(leaves)
+    pairs = _of_pairs(parts, leaves)
     blocks = {name: blocks_of(name, max(dims), q.dtype, kind) for name in KERNELS}
     smaller = [fitting(name, x, dims, len(pairs)) for name, x in blocks.items()]
     pairs, blocks = ((), blocks.values()) if None in smaller else (pairs, smaller)
@@ -523,6 +395,15 @@ def attend(tile: Tile):
     if tile.summing:
         return out[..., None], tuple(x[..., None] for x in stats)
     return jnp.swapaxes(out[:, : lengths[0], :, :width], 1, 2), tuple(x[..., None] for x in stats)
+
+
+def _of_pairs(parts, leaves) -> tuple[int, ...]:
+    """Which leaves of modification and normaliser have a number of 16 bits for every pair."""
+    return tuple(
+        n
+        for n, (x, axes) in enumerate(zip(leaves, parts.axes))
+        if n >= parts.of_mask and axes == "qk" and x.dtype in (jnp.bfloat16, jnp.float16)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

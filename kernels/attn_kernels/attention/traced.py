@@ -46,14 +46,6 @@ class Parts:
         object.__setattr__(self, "softmax", softmax)
         object.__setattr__(self, "plain", softmax and score_mod is None)
 
-    def of_pairs(self, leaves) -> tuple[int, ...]:
-        """Which leaves of modification and normaliser have a number of 16 bits for every pair."""
-        return tuple(
-            n
-            for n, (x, axes) in enumerate(zip(leaves, self.axes))
-            if n >= self.of_mask and axes == "qk" and x.dtype in (jnp.bfloat16, jnp.float16)
-        )
-
     def perturbed(self, leaves) -> "Parts":
         """The same, those leaves alone moving that are said to be perturbed."""
         moving = tuple(n for n in self.moving if leaves[n].perturbed)

@@ -132,16 +132,12 @@ def run(
                 parts
             )
             b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
-
-            def lead(ref):
-                return tuple(n if size > 1 else 0 for n, size in zip((b, h), ref.shape))
-
             # Late queries of causal masks meet the most keys, and early keys the most queries: the
             # longest programs go first.
             i = lists[0].shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
             order, full, some = list_refs
-            at = (*lead(full), i)
+            at = (*lead(full, b, h), i)
 
             def head(ref):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
@@ -213,7 +209,7 @@ def run(
                                 for w in range(blocks.warpgroups):
                                     mine = pl.ds(i * blocks.held + w * rows, rows)
                                     plgpu.copy_gmem_to_smem(
-                                        ref.at[(*lead(ref), *x.in_order(mine, columns))],
+                                        ref.at[(*lead(ref, b, h), *x.in_order(mine, columns))],
                                         smem.at[slot, w],
                                         barrier.at[slot],
                                     )
@@ -325,10 +321,15 @@ def zeros(*shape):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA if len(shape) > 1 else ROWS)
 
 
+def lead(ref, b, h):
+    """Where `[B|1, H|1, ...]` has what is of a batch and a head."""
+    return tuple(n if size > 1 else 0 for n, size in zip((b, h), ref.shape))
+
+
 def along_rows(program, ref, rows):
     """The numbers of `[B|1, H|1, n]` at the rows of a program."""
-    lead = tuple(i if size > 1 else 0 for i, size in zip((program.b, program.h), ref.shape))
-    return plgpu.load(ref.at[(*lead, pl.ds(program.start, rows))], layout=ROWS, optimized=False)
+    ref = ref.at[(*lead(ref, program.b, program.h), pl.ds(program.start, rows))]
+    return plgpu.load(ref, layout=ROWS, optimized=False)
 
 
 def over(vector, shape):

@@ -46,9 +46,9 @@ def diagonal_recurrence(
         another: it holds one state a chunk, in its derivative too) or "auto" (recurrent for short
         T, else chunk). All are differentiable any number of times, in both modes.
       chunk_size: steps a chunk.
-      implementation: None or "xla", or "triton" (a kernel for GPUs that reads everything once, for
-        real sums in float32 and N up to 256, differentiable once in reverse mode; it has no form,
-        and on a CPU runs by Triton's interpreter).
+      implementation: None or "xla", or "triton" (a kernel for GPUs, for real sums in float32 and N
+        up to 256, differentiable once in reverse mode; it has no form, and on a CPU runs by
+        Triton's interpreter).
 
     Returns:
       `[B, T, C]` in the dtype of x; with `return_state` also the state `[B, C, N]` in the dtype of

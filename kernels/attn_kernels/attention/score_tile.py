@@ -1,0 +1,141 @@
+"""What kernels for GPUs compute of the scores of a tile."""
+
+import math
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from attn_kernels.attention.warpgroups import COLUMNS, ROWS, WGMMA, lead
+
+LOG2E = math.log2(math.e)
+
+
+class ScoreTile:
+    """The tile of scores of a computing warpgroup: positions, operands and functions of them.
+
+    Args:
+      problem: what is known of the call.
+      blocks: of the kernel.
+      program: of the warpgroup.
+      n: the number of the block that was fetched.
+      refs: the leaves.
+      pairs: the slots of those leaves that are fetched.
+      q_axis: along which of its two axes queries are; programs have their rows along the first.
+    """
+
+    def __init__(self, problem, blocks, program, n, refs, pairs, q_axis: int):
+        self.problem, self.parts, self.refs = problem, problem.parts, refs
+        self.b, self.h, self.slot = program.b, program.h, blocks.slot(n)
+        self.pairs = {m: x.at[self.slot, program.wg] for m, x in zip(problem.pairs, pairs)}
+        self.shape = blocks.rows, blocks.columns
+        self.axis = {"q": q_axis, "k": 1 - q_axis}
+        starts = program.start, program.block(n) * blocks.columns
+        self.starts = {name: starts[axis] for name, axis in self.axis.items()}
+
+    @property
+    def at(self):
+        """Where the tile is in an array whose last axes are laid out like it."""
+        axes = sorted(self.axis, key=self.axis.get)
+        return tuple(pl.ds(self.starts[a], n) for a, n in zip(axes, self.shape))
+
+    def _vector(self, ref, along: str, own):
+        """Numbers of a row of the reference at the tile's queries or keys, for all pairs."""
+        axis = self.axis[along]
+        ref = ref.at[(*own, pl.ds(self.starts[along], self.shape[axis]))]
+        x = plgpu.load(ref, layout=(ROWS, COLUMNS)[axis], optimized=False)
+        return lax.broadcast_in_dim(x, self.shape, [axis])
+
+    def load(self):
+        """The leaves of modification and normaliser, while products are computed: see `take`."""
+        return [self._leaf(n) for n in range(self.parts.of_mask, len(self.refs))]
+
+    def take(self, leaves):
+        self.leaves = [*self._zeros(0, self.parts.of_mask), *leaves]
+
+    def _zeros(self, *numbers):
+        """They stand for leaves that are not read."""
+        return [jnp.zeros((), ref.dtype) for ref in self.refs[slice(*numbers)]]
+
+    def _leaf(self, n):
+        if n in self.pairs:
+            ref = self.pairs[n]
+            return plgpu.load(ref.T if self.axis["q"] else ref, layout=WGMMA)
+        ref, axes = self.refs[n], self.parts.axes[n]
+        own = lead(ref, self.b, self.h)
+        if axes == "qk":
+            return plgpu.load(ref.at[(*own, *self.at)], layout=WGMMA, optimized=False)
+        if axes:
+            return self._vector(ref, axes, own)
+        # Derivatives of what all pairs share stay apart until they are summed by rows.
+        x = ref[own]
+        return lax.broadcast_in_dim(x, self.shape, []) if n in self.parts.moving else x
+
+    def index(self, along: str):
+        iota = plgpu.broadcasted_iota(jnp.int32, self.shape, self.axis[along], layout=WGMMA)
+        return iota + self.starts[along]
+
+    @property
+    def place(self):
+        shift = self.problem.lengths[1] - self.problem.lengths[0]
+        return self.b, self.h, self.index("q") + shift, self.index("k")
+
+    def allowed(self):
+        """Which pairs count; queries and keys beyond the end do not."""
+        q_len, k_len = self.problem.lengths
+        exist = (self.index("q") < q_len) & (self.index("k") < k_len)
+        if not self.parts.masked:
+            return exist
+        count = self.parts.of_mask
+        leaves = [*(self._leaf(n) for n in range(count)), *self._zeros(count, None)]
+        allowed = self.parts.allowed(self.place, leaves)
+        return exist & jnp.broadcast_to(allowed, self.shape)
+
+    def value(self, scores):
+        """The modified scores if softmax normalises, else the weights."""
+        return self.parts.value(scores, self.place, self.leaves)
+
+    def weights(self, products, scale, lse, whole: bool):
+        """The weights of pairs.
+
+        Args:
+          products: of queries and keys.
+          scale: what makes scores of them.
+          lse: of softmax, log2 of the denominator.
+          whole: whether every pair is allowed.
+        """
+        if self.parts.plain:
+            found = jnp.exp2(products * (scale * LOG2E) - lse)
+        elif self.parts.softmax:
+            found = jnp.exp2(self.value(products * scale) * LOG2E - lse)
+        else:
+            found = self.value(products * scale)
+        return self._clear(found, whole)
+
+    def slopes(self, products, scale, weights, weight_slopes, lost, whole: bool):
+        """The weights, the derivatives of the scores, and those of the leaves that move.
+
+        Args:
+          products, scale, whole: as in `weights`.
+          weights: from there, of softmax.
+          weight_slopes: the derivatives of the weights; None for 0.
+          lost: what they lose, of softmax or where they are None.
+        """
+        if weight_slopes is None:
+            weight_slopes = -lost
+        elif self.parts.softmax:
+            weight_slopes = weight_slopes - lost
+        if self.parts.softmax:
+            weight_slopes = weights * weight_slopes
+        else:
+            weight_slopes = self._clear(weight_slopes, whole)
+        if self.parts.plain:
+            return weights, weight_slopes
+        found = self.parts.slopes(products * scale, weight_slopes, self.place, self.leaves)
+        # What a modification makes of a slope of 0 may be NaN.
+        value, *found = (self._clear(x, whole) for x in found)
+        return weights if self.parts.softmax else value, *found
+
+    def _clear(self, x, whole: bool):
+        return x if whole else jnp.where(self.allowed(), x, 0.0)
