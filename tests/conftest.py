@@ -1,5 +1,8 @@
+import atexit
 import itertools
 import os
+import shutil
+import tempfile
 
 import jax
 import jaxlib
@@ -18,6 +21,15 @@ if jaxlib.version.__version_info__ < (0, 11):  # later ones end at a flag that t
     flag = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+
+# All workers compile the same small programs, and again whenever they forget theirs.
+if "TESTS_COMPILED" not in os.environ:
+    os.environ["TESTS_COMPILED"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["TESTS_COMPILED"], ignore_errors=True)
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_COMPILED"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 COUNT = itertools.count(1)
 
