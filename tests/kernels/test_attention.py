@@ -327,6 +327,7 @@ def test_temporary_memory_is_linear_in_length():
     assert temporaries(32768) < 4.5 * temporaries(8192) < 200e6
 
 
+@pytest.mark.slow
 def test_a_step_at_length_32768_takes_under_2_gb():
     script = """
 import jax, jax.numpy as jnp
