@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -85,5 +86,7 @@ def _serialized(lower, item):
 
 
 def _loaded(program, in_tree, out_tree, *memory):
+    if jax.default_backend() == "gpu":
+        importlib.import_module("jax.experimental.mosaic.gpu")  # finds what its kernels call
     load = serialize_executable.deserialize_and_load
     return Ready(load(program, in_tree, out_tree, execution_devices=jax.devices()[:1]), *memory)

@@ -64,10 +64,10 @@ def test_segments(decay):
 def test_programs_that_fill_a_gpu(length, dim, decay):
     """Races would show: outputs and derivatives are right, and the same whenever they are run."""
     arrays = inputs(decay, length, dim, dim)
-    arrays = {n: jnp.concatenate([x, -x, x[::-1] / 2, x] * 16) for n, x in arrays.items()}
+    arrays = {n: jnp.concatenate([x, x[:, ::-1]] * 32) for n, x in arrays.items()}
     run = jax.jit(functools.partial(everything, implementation="mosaic_gpu"))
     jax.tree.map(np.testing.assert_array_equal, run(arrays), run(arrays))
-    check({n: x[:3] for n, x in arrays.items()}, form="chunk")
+    check({n: x[:2] for n, x in arrays.items()}, form="chunk")
 
 
 @needs_new_jax

@@ -87,7 +87,8 @@ def _run_bwd(scale, saved, cotangents):
     per_channel = "totals" in options
     count = parts.number(q.shape[1], d_last)
     walk_scale = 1.0 if per_channel else scale
-    found = parts.backward(count, *pair, d_out, d_last, walk_scale, options, change)
+    shared = beta is None and v.shape[2] < d_last.shape[1]
+    found = parts.backward(count, *pair, d_out, d_last, walk_scale, options, change, shared)
     dv, d_first, d_states = found
     d_beta = None
     if per_channel:

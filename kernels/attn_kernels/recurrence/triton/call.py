@@ -79,6 +79,11 @@ def launch(
     return [None if x is None else y for x, y in zip(results, found)]
 
 
+def slope_dtype(x, heads: int):
+    """Of the derivatives by x `[B, T, heads of x, ...]` that H heads have: float32 for sums."""
+    return x.dtype if x.shape[2] == heads else jnp.float32
+
+
 class _Pointer:
     """An array of NumPy as the interpreter wants it."""
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from attn_kernels.recurrence.triton.call import launch
+from attn_kernels.recurrence.triton.call import launch, slope_dtype
 from attn_kernels.recurrence.triton.tiles import FORGOTTEN, SIZE, padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -318,12 +318,12 @@ def local_channels(
       scale: a number.
 
     Returns:
-      Those of q, k and log_decay, `[B, T, H, D]`.
+      Those of q, k and log_decay, `[B, T, H, D]`, in `slope_dtype`.
     """
     batch, length, heads, width = d_out.shape
 
     def slope(x):
-        return jax.ShapeDtypeStruct((batch, length, heads, q.shape[3]), x.dtype)
+        return jax.ShapeDtypeStruct((batch, length, heads, q.shape[3]), slope_dtype(x, heads))
 
     return launch(
         _local,

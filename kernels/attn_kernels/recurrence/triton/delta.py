@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from attn_kernels.recurrence.triton.call import launch
+from attn_kernels.recurrence.triton.call import launch, slope_dtype
 from attn_kernels.recurrence.triton.tiles import (
     FORGOTTEN,
     SIZE,
@@ -90,15 +90,16 @@ def local(q, k, v, beta, gates, weights, d_out, states, d_states, written, x, sc
       scale: a number.
 
     Returns:
-      The derivatives of q, k, v, beta and the gates, with H heads each; None for what is None.
+      The derivatives of q, k, v, beta and the gates, with H heads each, in `slope_dtype`; None
+      for what is None.
     """
     batch, _, heads, dim, width = states.shape
     length = k.shape[1]
     dims, widths, warps, stages = LOCAL
     steps = batch, length, heads
 
-    def of(x, *shape, dtype=k.dtype):
-        return None if x is None else jax.ShapeDtypeStruct((*steps, *shape), dtype)
+    def of(x, *shape):
+        return x if x is None else jax.ShapeDtypeStruct((*steps, *shape), slope_dtype(x, heads))
 
     def count(x):
         return heads if x is None else x.shape[2]
@@ -110,8 +111,8 @@ def local(q, k, v, beta, gates, weights, d_out, states, d_states, written, x, sc
             of(q, dim),
             of(k, dim),
             of(v, width),
-            of(beta, dtype=jnp.float32),
-            of(gates, dtype=jnp.float32),
+            of(beta),
+            of(gates),
         ),
         (heads, -(-length // SIZE)),
         warps=warps,

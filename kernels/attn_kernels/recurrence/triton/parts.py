@@ -52,16 +52,17 @@ def forward(parts: int, q, k, v, state, scale: float, options, keep: bool):
     return joined(parts, out), last, joined(parts, states), joined(parts, written), change
 
 
-def backward(parts: int, q, k, d_out, d_last, scale: float, options, change):
+def backward(parts: int, q, k, d_out, d_last, scale: float, options, change, shared: bool):
     """`walk_back`."""
     if parts == 1:
-        return walk.walk_back(q, k, d_out, d_last, scale=scale, **options)
+        return walk.walk_back(q, k, d_out, d_last, scale=scale, shared=shared, **options)
     q, k, d_out, options = cut(parts, (q, k, d_out, options))
     empty = nothing(parts, d_last)
     _, read, _ = walk.walk_back(q, k, d_out, empty, scale=scale, keep=False, **options)
     back = functools.partial(_applied, reverse=True)
     d_last = chained(parts, back, change, read, d_last, reverse=True)
-    dv, d_first, d_states = walk.walk_back(q, k, d_out, d_last, scale=scale, **options)
+    found = walk.walk_back(q, k, d_out, d_last, scale=scale, shared=shared, **options)
+    dv, d_first, d_states = found
     d_first = d_first.reshape(-1, parts, *d_first.shape[1:])[:, 0]
     return joined(parts, dv), d_first, joined(parts, d_states)
 

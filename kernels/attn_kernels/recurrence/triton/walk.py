@@ -125,6 +125,7 @@ def walk_back(
     totals=None,
     scale: float = 1.0,
     keep: bool = True,
+    shared: bool = False,
 ):
     """The cotangents of states, from the last chunk to the first.
 
@@ -133,6 +134,7 @@ def walk_back(
       d_out: `[B, T, H, Dv]`.
       d_last: `[B, H, D, Dv]`, float32.
       keep: whether more than the cotangent of the first state is wanted.
+      shared: whether x is to be summed over heads: it is in float32 then.
 
     Returns:
       x `[B, T, H, Dv]` (the cotangent of v, without beta), that of the first state, and those of
@@ -143,7 +145,8 @@ def walk_back(
     count = -(-length // SIZE)
     block, warps, stages = BLOCKS[padded(dim)]
     block = min(block, padded(width))
-    steps = jax.ShapeDtypeStruct((batch, length, heads, width), k.dtype)
+    dtype = jnp.float32 if shared else k.dtype
+    steps = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
     states = jax.ShapeDtypeStruct((batch, count, heads, dim, width), k.dtype)
     return launch(
         _walk_back,
@@ -417,10 +420,10 @@ def _walk_back(
                     pairs *= decay_between(sums, C)
                 t = tl.arange(0, C)
                 pairs = tl.where(t[:, None] >= t[None, :], pairs, 0.0).to(dtype)
-            dv = product(tl.trans(pairs), do, dv, FLIP).to(dtype)
+            dv = product(tl.trans(pairs), do, dv, FLIP)
             if DELTA:
                 inverse = tile(inverse_ref, row, HT * C, 0, T, C, C, C)
-                dv = product(tl.trans(inverse), dv, None, FLIP).to(dtype)
+                dv = product(tl.trans(inverse), dv.to(dtype), None, FLIP).to(dtype)
             if KEEP:
                 put(dv_ref, oriented(dv, FLIP), row, H * DV, col, T, DV, C, BV)
         if GATED:
