@@ -1,4 +1,5 @@
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 import recurrences
 from recurrences import everything, inputs
 
+from attn_kernels import gpu
 from attn_kernels.recurrence import linear_attention
 
 pytest.importorskip("jax_triton")
@@ -144,22 +146,31 @@ def test_compiles_without_a_gpu(monkeypatch, capability, write, decay, dim, widt
 
 
 @pytest.mark.parametrize(
-    "write, decay, dtype, taken",
+    "write, decay, dtype, batch, taken",
     [
-        ("additive", "channel", jnp.bfloat16, True),
-        ("delta", "none", jnp.float16, True),
-        ("delta", "head", jnp.bfloat16, False),
-        ("additive", "head", jnp.float32, False),
+        ("additive", "channel", jnp.bfloat16, 34, "triton"),
+        ("additive", "head", jnp.bfloat16, 1, "triton"),
+        ("additive", "head", jnp.float16, 34, "triton"),
+        ("additive", "head", jnp.bfloat16, 34, "mosaic_gpu"),
+        ("delta", "none", jnp.float16, 1, "triton"),
+        ("delta", "head", jnp.bfloat16, 1, None),
+        ("additive", "head", jnp.float32, 1, None),
     ],
 )
-def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch, write, decay, dtype, taken):
-    from attn_kernels import gpu
-    from attn_kernels.recurrence import triton as kernels
-
-    served, chunked = [], kernels.chunked
+def test_none_takes_the_kernels_on_a_hopper_gpu(monkeypatch, write, decay, dtype, batch, taken):
+    if taken == "mosaic_gpu" and not gpu.supported():
+        pytest.skip("Pallas' kernel needs a newer JAX")
+    served = []
     monkeypatch.setattr(gpu, "available", lambda: True)
-    monkeypatch.setattr(
-        kernels, "chunked", lambda *args, **kwargs: served.append(args) or chunked(*args, **kwargs)
-    )
-    linear_attention(**inputs(write, decay, 9, 16, 16, dtype))
-    assert len(served) == taken
+    for name in "triton", "mosaic_gpu":
+        kernels = importlib.import_module(f"attn_kernels.recurrence.{name}")
+
+        def chunked(q, k, v, log_decay, state, *_, name=name, **__):
+            served.append(name)
+            return v, state
+
+        monkeypatch.setattr(kernels, "chunked", chunked)
+    arrays = inputs(write, decay, 9, 16, 16, dtype)
+    arrays = {n: jnp.repeat(x, batch, 0) for n, x in arrays.items()}
+    jax.eval_shape(linear_attention, **arrays)
+    assert served == ([taken] if taken else [])

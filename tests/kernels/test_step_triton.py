@@ -105,6 +105,19 @@ def test_vmap():
         np.testing.assert_array_equal(x, jnp.stack([y, y[::-1]]))
 
 
+def test_none_takes_the_kernel_for_what_xla_reads_twice(monkeypatch):
+    from attn_kernels.recurrence.triton import step as kernel
+
+    served = []
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(kernel, "step", lambda *args: served.append(args) or (args[3], args[0]))
+    for delta, batch in (True, 128), (False, 128), (True, 8):
+        arrays = inputs("head", delta, 1, 128, 128, heads=(16, 16, 16, 16))
+        arrays = {n: jnp.broadcast_to(x, (batch, *x.shape[1:])) for n, x in arrays.items()}
+        jax.eval_shape(step, **arrays)
+    assert len(served) == 1
+
+
 def test_refusals():
     arrays = inputs("none", False)
     with pytest.raises(ValueError, match="implementation"):

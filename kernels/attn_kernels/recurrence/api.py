@@ -17,6 +17,7 @@ from attn_kernels.varying import varying_like
 FORMS = ("auto", "chunk", "recurrent", "parallel")
 IMPLEMENTATIONS = (None, "xla", "mosaic_tpu", "mosaic_gpu", "triton")
 KERNELS = {"mosaic_tpu": "TPU kernel", "mosaic_gpu": "GPU kernel", "triton": "Triton kernel"}
+CACHED = 2**26  # bytes of states that a GPU reads again from its cache
 SHORT = 8  # below, steps cost less than the matrices of a chunk
 
 
@@ -74,9 +75,10 @@ def linear_attention(
         steps, differentiable once in reverse mode; on a CPU in interpret mode), "triton" (kernels
         for GPUs in jax-triton: q, k and v in bfloat16 or float16, D and Dv up to 512, all but the
         delta rule with decay per channel, chunks of 64 steps, differentiable once in reverse mode;
-        on a CPU by Triton's interpreter), or None for the kernel on a TPU, and Triton's on a Hopper
-        GPU but for the gated delta rule, where they serve the call, and XLA otherwise. With several
-        devices None takes a kernel of TPUs only inside `jax.shard_map` or `sequence_parallel`.
+        on a CPU by Triton's interpreter), or None for the kernel on a TPU, and on a Hopper GPU, but
+        for the gated delta rule, "mosaic_gpu" where B H is more than half its multiprocessors and
+        "triton" elsewhere, where they serve the call, and XLA otherwise. With several devices None
+        takes a kernel of TPUs only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
@@ -106,8 +108,8 @@ def linear_attention(
             raise ValueError(f"{name} must be at least 1, got {size}")
     arrays = q, k, v, log_decay, beta, scale, initial_state
     chunks = form == "chunk" or (form == "auto" and q.shape[1] >= SHORT)
-    if implementation is None and chunks and gpu.available() and _chosen(*arrays, chunk_size):
-        implementation = "triton"
+    if implementation is None and chunks and gpu.available():
+        implementation = _chosen(*arrays, chunk_size)
     if implementation in ("mosaic_gpu", "triton"):
         out, state = _on_gpu(implementation, *arrays, segment_ids, chunk_size)
         return (out, state) if return_state else out
@@ -155,8 +157,10 @@ def step(
       log_decay: `[B, H]` or `[B, H, D]`.
       beta: `[B, H]`.
       scale: a number, by default `1 / sqrt(D)`.
-      implementation: None or "xla", or "triton" (a kernel for GPUs that reads and writes the state
-        once, for sums in float32, with the derivatives of XLA; on a CPU by Triton's interpreter).
+      implementation: "xla", "triton" (a kernel for GPUs that reads and writes the state once, for
+        sums in float32, with the derivatives of XLA; on a CPU by Triton's interpreter), or None for
+        XLA's, but for the delta rule on a Hopper GPU with states of more than 64 MiB, which XLA
+        would read twice from memory, Triton's where it serves the call.
 
     Returns:
       The output `[B, H, Dv]` in the dtype of v, and the state after the step.
@@ -169,13 +173,16 @@ def step(
         raise ValueError(f"implementation must be None, 'xla' or 'triton', got {implementation!r}")
     one = jax.tree.map(lambda x: x[:, None], dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta))
     checked = functools.partial(_checked, **one, scale=scale)
-    if implementation == "triton":
+    twice = beta is not None and state.size * 4 > CACHED
+    if implementation == "triton" or (implementation is None and twice and gpu.available()):
         _, wide = jax.eval_shape(lambda state: checked(initial_state=state), state)
         reason = gpu.missing_triton() or (
             "" if wide.dtype == jnp.float32 else f"sums are in {wide.dtype}"
         )
-        if reason:
+        if reason and implementation:
             raise NotImplementedError(f"the Triton kernel of step: {reason}")
+        implementation = "xla" if reason else "triton"
+    if implementation == "triton":
         from attn_kernels.recurrence.triton import step as on_gpu
 
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -236,9 +243,19 @@ def _on_gpu(
 
 
 def _chosen(q, k, v, log_decay, beta, *rest):
-    """Whether Triton's kernels take a call that names none: not the gated delta rule."""
-    gated = log_decay is not None and beta is not None
-    return not gated and not _obstacle("triton", q, k, v, log_decay, beta, *rest)
+    """The kernel for GPUs that takes a call that names none, None for XLA.
+
+    Pallas' is the fastest where sequences fill the device side by side; where they are cut into
+    parts, and for all that it lacks, it is Triton's.
+    """
+    if log_decay is not None and beta is not None:
+        return None
+    heads = max(x.shape[2] for x in (q, k, v, log_decay) if x is not None)
+    filled = q.shape[0] * heads > gpu.MULTIPROCESSORS // 2
+    for name in ("mosaic_gpu", "triton") if filled else ("triton",):
+        if not _obstacle(name, q, k, v, log_decay, beta, *rest):
+            return name
+    return None
 
 
 def _obstacle(implementation, q, k, v, log_decay, beta, scale, initial_state, chunk_size):

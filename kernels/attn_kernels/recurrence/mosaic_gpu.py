@@ -628,7 +628,8 @@ def _chained(problem, log_decay, parts, written, state, reverse=False):
         change, written = part
         return decayed(state, change) + written, state
 
-    last, before = lax.scan(body, state, (sums, written), reverse=reverse)
+    # A loop waits for the host at every turn.
+    last, before = lax.scan(body, state, (sums, written), reverse=reverse, unroll=parts)
     return jnp.moveaxis(before, 0, 1).reshape(-1, *state.shape[1:]), last
 
 

@@ -30,11 +30,14 @@ def number(length: int, state) -> int:
 
 
 def dividing(length: int, programs: int, warps: int) -> int:
-    """How many equal parts a length has, for as many programs as a device has places."""
+    """How many equal parts a length has, for as many programs as a device has places.
+
+    They are walked twice, so that two would take as long as one.
+    """
     places, parts = PROCESSORS * WARPS // warps // programs, 1
     while 2 * parts <= places and length % (2 * parts * SHORTEST) == 0:
         parts *= 2
-    return parts
+    return parts if parts > 2 else 1
 
 
 def forward(parts: int, q, k, v, state, scale: float, options, keep: bool):
@@ -123,5 +126,7 @@ def chained(parts, apply, change, found, state, reverse=False):
         change, found = part
         return apply(change, state) + found, state
 
-    _, states = jax.lax.scan(body, state, (apart(change), apart(found)), reverse=reverse)
+    found = apart(change), apart(found)
+    # A loop waits for the host at every turn.
+    _, states = jax.lax.scan(body, state, found, reverse=reverse, unroll=parts)
     return jnp.moveaxis(states, 0, 1).reshape(-1, *state.shape[1:])

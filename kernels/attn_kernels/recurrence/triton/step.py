@@ -11,7 +11,7 @@ from attn_kernels.recurrence import definition
 from attn_kernels.recurrence.triton.call import launch
 from attn_kernels.recurrence.triton.tiles import fade
 
-NUMBERS = 4096  # of the state that a program has
+NUMBERS = 8192  # of the state that a program has
 WARPS = 4
 
 
