@@ -10,6 +10,8 @@ import pytest
 
 # With libtpu, which compiles for TPUs that are not there, JAX would look for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cuda":
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"  # references are computed on the latter
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_default_matmul_precision", "highest")  # tolerances are those of float32
 
