@@ -2,7 +2,8 @@
 
 A function is traced once on small arrays that stand for a tile: of 2 queries and 3 keys, so that
 the shape of everything in it says which axes it has. A kernel then runs it with arrays of its own,
-which only have to broadcast: a number, a row, a column or all pairs, queries along either axis.
+which only have to broadcast: a number, a row, a column or all pairs, queries along either axis. A
+vector has a number for every row of the pairs.
 """
 
 import functools
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 QUERIES, KEYS = 2, 3
@@ -162,6 +164,8 @@ def evaluate(
     args: Sequence[Any],
     shapes: Sequence[tuple[int, ...]],
     primitives: frozenset[str] = COMMON,
+    reduce: Callable | None = None,
+    known: Callable | None = None,
 ) -> list[jax.Array]:
     """`function(*args)` for arrays of a kernel's own; the results as a list.
 
@@ -170,13 +174,16 @@ def evaluate(
       args: arrays that broadcast against each other.
       shapes: what they stand for.
       primitives: what the kernel has; others are written in terms of these.
+      reduce: sums pairs to a vector, where the function has a sum over columns.
+      known: gives, of the function's jaxpr and constants, variables whose values are known.
     """
     given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
     closed = jax.make_jaxpr(function)(*given)
-    return run(closed.jaxpr, closed.consts, args, primitives)
+    known = known(closed.jaxpr, closed.consts) if known else None
+    return run(closed.jaxpr, closed.consts, args, primitives, known=known, reduce=reduce)
 
 
-def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None):
+def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None, reduce=None):
     """The wanted variables of a jaxpr, by default its results, of its arguments and known ones."""
     consts = [jnp.reshape(jnp.asarray(x), ()) for x in consts]
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])) | (known or {})
@@ -188,18 +195,33 @@ def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None):
     for eqn in needed(jaxpr, wanted, known):
         given, name = [read(atom) for atom in eqn.invars], _name(eqn)
         if name in CALLS:
-            out = run(*_inner(eqn), given, primitives)
+            out = run(*_inner(eqn), given, primitives, reduce=reduce)
+        elif name == "reduce_sum" and not _keeps_axes(eqn):
+            out = [reduce(given[0])]
+        elif name == "select_n" and isinstance(given[0], np.ndarray):
+            out = [given[1 + int(given[0])]]
         elif name in SHAPES or name in SAME:
             out = given[:1]
         elif name in REWRITTEN and name not in primitives:
             closed = _rewritten(eqn)
             out = run(closed.jaxpr, closed.consts, given, primitives)
         else:
-            shape = jnp.broadcast_shapes(*map(jnp.shape, given))
-            given = [jnp.broadcast_to(x, shape) for x in given] if shape else given
-            out = [eqn.primitive.bind(*given, **eqn.params)]
+            out = [eqn.primitive.bind(*_aligned(given), **eqn.params)]
         known.update(zip(eqn.outvars, out))
     return [read(atom) for atom in wanted]
+
+
+def _aligned(arrays):
+    rank = max(map(jnp.ndim, arrays))
+    shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in arrays if jnp.ndim(x) == rank))
+    return [over(x, shape) for x in arrays] if rank else arrays
+
+
+def over(x, shape: tuple[int, ...]) -> jax.Array:
+    """Pairs, or a vector, of what broadcasts to them."""
+    if jnp.ndim(x) == 1 < len(shape):
+        return jax.lax.broadcast_in_dim(x, shape, [0])
+    return jnp.broadcast_to(x, shape)
 
 
 def needed(jaxpr, wanted, known) -> list:

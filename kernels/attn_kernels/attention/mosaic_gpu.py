@@ -11,24 +11,24 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attn_kernels import gpu
 from attn_kernels.attention import traced
 from attn_kernels.attention.ahead import ahead
 from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of, fitting
-from attn_kernels.attention.elementwise import COMMON
-from attn_kernels.attention.mask import Mask
-from attn_kernels.attention.score_tile import LOG2E, ScoreTile
+from attn_kernels.attention.elementwise import COMMON, over
+from attn_kernels.attention.mask import FULL, Mask
+from attn_kernels.attention.score_tile import LOG2E, Kind, ScoreTile
 from attn_kernels.attention.tile import Tile
-from attn_kernels.attention.traced import Parts, parts_of, tile_lists
+from attn_kernels.attention.traced import Parts, listed, parts_of, tile_kinds
 from attn_kernels.attention.warpgroups import (
     COLUMNS,
     LANES,
     STEPS,
     Pairs,
     along_rows,
-    over,
     plus_product,
     product,
     run,
@@ -46,6 +46,31 @@ class Known:
     """A mask whose operands are no arguments of a program: lists of its tiles are constants."""
 
     mask: Mask | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Which tiles programs visit.
+
+    Attributes:
+      order, counts: from `listed`.
+      kinds: of the tiles up to each of the counts.
+    """
+
+    order: jax.Array
+    counts: list[jax.Array]
+    kinds: tuple[Kind, ...]
+
+    @classmethod
+    def of(cls, problem, mask, sizes, rows, leaves, every):
+        kinds = tile_kinds(mask, problem.lengths, sizes, every)
+        marks, like = 0, []
+        if not problem.parts.plain:
+            known = not isinstance(kinds, jax.core.Tracer)
+            full = np.asarray(kinds) == FULL if known else np.ones(kinds.shape, bool)
+            marks, like = problem.parts.alike(leaves, problem.lengths, sizes, full)
+        order, *counts = listed(kinds, rows, marks, len(like))
+        return cls(order, counts, (*(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)))
 
 
 @jax.tree_util.register_static
@@ -118,9 +143,9 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         pl.when(program.wg == 1)(program.turn)
 
-        def step(n, carry, whole):
+        def step(n, carry, kind):
             out, top, total = carry
-            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0)
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0, kind)
             slot = tile.slot
 
             def meanwhile():
@@ -137,7 +162,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
                     products, factor = tile.value(products * scale), LOG2E
                 elif not problem.growing:
                     products, factor = products * factor, 1.0
-                products = products if whole else jnp.where(tile.allowed(), products, -jnp.inf)
+                products = tile.clear(products, -jnp.inf)
                 new = jnp.maximum(top, products.max(axis=1) * factor)
                 finite = jnp.where(new == -jnp.inf, 0.0, new)
                 weights = jnp.exp2(products * factor - over(finite, shape))
@@ -145,8 +170,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
                 out = out * over(rescale, out.shape) if values else None
                 top, total = new, total * rescale + weights.sum(axis=1)
             else:
-                weights = tile.value(products * scale)
-                weights = weights if whole else jnp.where(tile.allowed(), weights, 0.0)
+                weights = tile.clear(tile.value(products * scale))
                 total = total if values else total + weights.sum(axis=1)
 
             def await_keys():
@@ -178,7 +202,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
         rest = [out - out.astype(q.dtype).astype(jnp.float32)] if problem.exact else []
         return [out, *rest, *stats]
 
-    rows = lists[0].shape[2] * blocks.held
+    rows = lists.order.shape[2] * blocks.held
     results, spare = [], []
     if v is not None:
         results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, v.shape[-1]), q.dtype)]
@@ -191,15 +215,16 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
 
 def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
-    """dq `[B, T', H, D]`, and the slopes of leaves that move, with what number they have there.
+    """dq `[B, T', H, D]`, and the slopes of leaves that move, with the numbers of those.
 
     Leaves without keys have them by rows, and those with both axes by pairs. Without v and dout,
     the derivatives of weights are what they lose.
     """
     shape = blocks.rows, blocks.columns
     batch, dim = q.shape[0], q.shape[-1]
-    by_rows = [m for m, n in enumerate(problem.parts.moving) if "k" not in problem.parts.axes[n]]
-    by_pairs = [m for m, n in enumerate(problem.parts.moving) if problem.parts.axes[n] == "qk"]
+    by_rows = [n for n in problem.parts.moving if "k" not in problem.parts.axes[n]]
+    by_pairs = [n for n in problem.parts.moving if problem.parts.axes[n] == "qk"]
+    moving = *by_rows, *by_pairs
 
     def compute(program, extra, leaf_refs, pair_refs):
         lse, lost = (along_rows(program, ref, blocks.rows) for ref in extra[:2])
@@ -207,9 +232,9 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
         (q_held, *dout_held), ((keys, *pairs), *values) = program.held, program.fetched
         (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
 
-        def step(n, carry, whole):
+        def step(n, carry, kind):
             dq, sums = carry
-            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0)
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0, kind, moving)
             slot = tile.slot
             plgpu.barrier_wait(k_ready.at[slot])
 
@@ -217,7 +242,7 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
                 tile.take(leaves)
                 if not problem.parts.softmax:
                     return products, None, leaves
-                return products, tile.weights(products, scale, over(lse, shape), whole), leaves
+                return products, tile.weights(products, scale, over(lse, shape)), leaves
 
             first, weight_slopes = (q_held, keys.at[slot].T), None
             if values:
@@ -233,11 +258,11 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
                 products, weights, leaves = weighted(*product(*first, tile.load))
             tile.take(leaves)
             _, slopes, *moved = tile.slopes(
-                products, scale, weights, weight_slopes, over(lost, shape), whole
+                products, scale, weights, weight_slopes, over(lost, shape)
             )
-            sums = [x + moved[m].sum(axis=1) for x, m in zip(sums, by_rows)]
-            for ref, m in zip(pair_refs, by_pairs):
-                ref[(program.b, program.h, *tile.at)] = moved[m].astype(ref.dtype)
+            for ref, x in zip(pair_refs, moved[len(sums) :]):
+                ref[(program.b, program.h, *tile.at)] = x.astype(ref.dtype)
+            sums = [x + y for x, y in zip(sums, moved)]
             dq = plus_product(dq, slopes.astype(q.dtype), keys.at[slot])
             plgpu.barrier_arrive(k_used.at[slot])
             return dq, sums
@@ -246,7 +271,7 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
         dq, sums = program.loop(step, (zeros(blocks.rows, dim), sums))
         return [dq * scale, *sums]
 
-    rows = lists[0].shape[2] * blocks.held
+    rows = lists.order.shape[2] * blocks.held
     sums = jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)
     results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dim), q.dtype)]
     results += [sums] * len(by_rows)
@@ -259,7 +284,7 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     found = run(
         problem, blocks, held, fetched, extra, lists, leaves, results, compute, direct=direct
     )
-    return found, [*by_rows, *by_pairs]
+    return found, moving
 
 
 def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists, wanted="kv"):
@@ -269,7 +294,7 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
     """
     shape, softmax = (blocks.rows, blocks.columns), problem.parts.softmax
     batch, dims = q.shape[0], {"k": k.shape[-1], "v": None if v is None else v.shape[-1]}
-    moving = [m for m, n in enumerate(problem.parts.moving) if problem.parts.axes[n] == "k"]
+    moving = [n for n in problem.parts.moving if problem.parts.axes[n] == "k"]
     by_columns = moving if "k" in wanted else []
 
     def compute(program, extra, leaf_refs, _):
@@ -282,9 +307,9 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
             (douts, *more), dout_ready, dout_used = others[0], dout_ready[0], dout_used[0]
             numbers += more
 
-        def step(n, carry, whole):
+        def step(n, carry, kind):
             sums, columns = carry
-            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 1)
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 1, kind, by_columns)
             slot = tile.slot
 
             def at_queries(n):
@@ -297,7 +322,7 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
                 tile.take(leaves)
                 if not softmax and "k" in wanted:
                     return products, None, leaves
-                return products, tile.weights(products, scale, at_queries(0), whole), leaves
+                return products, tile.weights(products, scale, at_queries(0)), leaves
 
             def await_douts():
                 plgpu.barrier_wait(dout_ready.at[slot])
@@ -315,9 +340,9 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
             tile.take(leaves)
             if "k" in wanted:
                 weights, slopes, *moved = tile.slopes(
-                    products, scale, weights, weight_slopes, at_queries(-1), whole
+                    products, scale, weights, weight_slopes, at_queries(-1)
                 )
-                columns = [x + moved[m].sum(axis=1) for x, m in zip(columns, by_columns)]
+                columns = [x + y for x, y in zip(columns, moved)]
             sums = dict(sums)
             if "v" in wanted:
                 sums["v"] = plus_product(sums["v"], weights.astype(q.dtype), douts.at[slot])
@@ -334,7 +359,7 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
             sums = sums | {"k": sums["k"] * scale}
         return [*(sums[x] for x in wanted), *columns]
 
-    rows = lists[0].shape[2] * blocks.held
+    rows = lists.order.shape[2] * blocks.held
     results = [jax.ShapeDtypeStruct((batch, rows, problem.heads, dims[x]), q.dtype) for x in wanted]
     spare = results if wanted == "v" and dims["k"] != dims["v"] else []
     results += [jax.ShapeDtypeStruct((batch, problem.heads, rows), jnp.float32)] * len(by_columns)
@@ -444,7 +469,7 @@ def _prepared(problem, blocks, rows, leaves, every=False):
         exact = jnp.issubdtype(x.dtype, jnp.floating) and axes != "qk"
         return x.astype(jnp.float32) if exact else x
 
-    lists = tile_lists(pattern.mask, problem.lengths, sizes, rows, every)
+    lists = Lists.of(problem, pattern.mask, sizes, rows, leaves, every)
     fetched = [n in problem.pairs for n in range(len(leaves))]
     laid = [lay_out(*each) for each in zip(leaves, problem.parts.axes, fetched)]
     return laid, lists, whole["q"]
@@ -494,9 +519,9 @@ def _backward(_, saved, cotangents):
         dsink = traced.reduced(silent * (dstats[1] - inner / some)[..., None], sink)
     slopes = {}
     (dq, *by_rows), places = kernel(row_slopes, problem.rows, "q", lost)
-    for m, x in zip(places, by_rows):
+    for n, x in zip(places, by_rows):
         x = x[:, :, :length]
-        slopes[parts.moving[m]] = x[..., : problem.lengths[1]] if x.ndim == 4 else x[..., None]
+        slopes[n] = x[..., : problem.lengths[1]] if x.ndim == 4 else x[..., None]
     dv = None
     if v is None:
         (dk, *by_columns), places = kernel(column_slopes, problem.columns, "k", lost, wanted="k")
@@ -505,8 +530,8 @@ def _backward(_, saved, cotangents):
     else:  # both at once do not fit into registers
         (dk, *by_columns), places = kernel(column_slopes, problem.columns, "k", lost, wanted="k")
         (dv,), _ = kernel(column_slopes, problem.columns, "k", lost, wanted="v")
-    for m, x in zip(places, by_columns):
-        slopes[parts.moving[m]] = x[:, :, None, : problem.lengths[1]]
+    for n, x in zip(places, by_columns):
+        slopes[n] = x[:, :, None, : problem.lengths[1]]
 
     def grouped(x, like):
         x = jnp.swapaxes(x[:, : like.shape[1]], 1, 2)

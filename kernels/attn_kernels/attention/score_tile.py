@@ -1,15 +1,31 @@
 """What kernels for GPUs compute of the scores of a tile."""
 
+import dataclasses
 import math
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from attn_kernels.attention.elementwise import over
 from attn_kernels.attention.warpgroups import COLUMNS, ROWS, WGMMA, lead
 
 LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is known of a tile when a program is traced.
+
+    Attributes:
+      whole: whether every pair is allowed.
+      like: positions of a query and a key, if all comparisons of positions come out as of these.
+    """
+
+    whole: bool
+    like: tuple[int, int] | None = None
 
 
 class ScoreTile:
@@ -23,10 +39,13 @@ class ScoreTile:
       refs: the leaves.
       pairs: the slots of those leaves that are fetched.
       q_axis: along which of its two axes queries are; programs have their rows along the first.
+      kind: of the tile.
+      moving: the leaves whose derivatives are wanted.
     """
 
-    def __init__(self, problem, blocks, program, n, refs, pairs, q_axis: int):
+    def __init__(self, problem, blocks, program, n, refs, pairs, q_axis: int, kind, moving=()):
         self.problem, self.parts, self.refs = problem, problem.parts, refs
+        self.kind, self.moving, self.rows = kind, moving, "qk"[q_axis]
         self.b, self.h, self.slot = program.b, program.h, blocks.slot(n)
         self.pairs = {m: x.at[self.slot, program.wg] for m, x in zip(problem.pairs, pairs)}
         self.shape = blocks.rows, blocks.columns
@@ -41,11 +60,11 @@ class ScoreTile:
         return tuple(pl.ds(self.starts[a], n) for a, n in zip(axes, self.shape))
 
     def _vector(self, ref, along: str, own):
-        """Numbers of a row of the reference at the tile's queries or keys, for all pairs."""
+        """Numbers of a row of the reference at the tile's queries or keys."""
         axis = self.axis[along]
         ref = ref.at[(*own, pl.ds(self.starts[along], self.shape[axis]))]
         x = plgpu.load(ref, layout=(ROWS, COLUMNS)[axis], optimized=False)
-        return lax.broadcast_in_dim(x, self.shape, [axis])
+        return lax.broadcast_in_dim(x, self.shape, [1]) if axis else x
 
     def load(self):
         """The leaves of modification and normaliser, while products are computed: see `take`."""
@@ -68,9 +87,7 @@ class ScoreTile:
             return plgpu.load(ref.at[(*own, *self.at)], layout=WGMMA, optimized=False)
         if axes:
             return self._vector(ref, axes, own)
-        # Derivatives of what all pairs share stay apart until they are summed by rows.
-        x = ref[own]
-        return lax.broadcast_in_dim(x, self.shape, []) if n in self.parts.moving else x
+        return ref[own]
 
     def index(self, along: str):
         iota = plgpu.broadcasted_iota(jnp.int32, self.shape, self.axis[along], layout=WGMMA)
@@ -94,16 +111,15 @@ class ScoreTile:
 
     def value(self, scores):
         """The modified scores if softmax normalises, else the weights."""
-        return self.parts.value(scores, self.place, self.leaves)
+        return self.parts.value(scores, self.place, self.leaves, self.kind.like)
 
-    def weights(self, products, scale, lse, whole: bool):
+    def weights(self, products, scale, lse):
         """The weights of pairs.
 
         Args:
           products: of queries and keys.
           scale: what makes scores of them.
           lse: of softmax, log2 of the denominator.
-          whole: whether every pair is allowed.
         """
         if self.parts.plain:
             found = jnp.exp2(products * (scale * LOG2E) - lse)
@@ -111,13 +127,15 @@ class ScoreTile:
             found = jnp.exp2(self.value(products * scale) * LOG2E - lse)
         else:
             found = self.value(products * scale)
-        return self._clear(found, whole)
+        return self.clear(found)
 
-    def slopes(self, products, scale, weights, weight_slopes, lost, whole: bool):
-        """The weights, the derivatives of the scores, and those of the leaves that move.
+    def slopes(self, products, scale, weights, weight_slopes, lost):
+        """The weights, the derivatives of the scores, and those of the leaves `moving`.
+
+        Of leaves that have no other axis than the rows they are vectors, sums over the columns.
 
         Args:
-          products, scale, whole: as in `weights`.
+          products, scale: as in `weights`.
           weights: from there, of softmax.
           weight_slopes: the derivatives of the weights; None for 0.
           lost: what they lose, of softmax or where they are None.
@@ -129,13 +147,29 @@ class ScoreTile:
         if self.parts.softmax:
             weight_slopes = weights * weight_slopes
         else:
-            weight_slopes = self._clear(weight_slopes, whole)
+            weight_slopes = self.clear(weight_slopes)
         if self.parts.plain:
             return weights, weight_slopes
-        found = self.parts.slopes(products * scale, weight_slopes, self.place, self.leaves)
+        value, slopes, *found = self.parts.slopes(
+            products * scale,
+            weight_slopes,
+            self.place,
+            self.leaves,
+            self.moving,
+            self.rows,
+            self._summed,
+            self.kind.like,
+        )
         # What a modification makes of a slope of 0 may be NaN.
-        value, *found = (self._clear(x, whole) for x in found)
-        return weights if self.parts.softmax else value, *found
+        found = [x if x.ndim == 1 else self.clear(x) for x in found]
+        return weights if self.parts.softmax else self.clear(value), self.clear(slopes), *found
 
-    def _clear(self, x, whole: bool):
-        return x if whole else jnp.where(self.allowed(), x, 0.0)
+    def _summed(self, x):
+        """The sums of its rows, of pairs that are allowed."""
+        if isinstance(x, float | np.ndarray) and not np.any(x):
+            return x
+        return self.clear(over(x, self.shape)).sum(axis=1)
+
+    def clear(self, x, other=0.0):
+        """The other number in place of pairs that are not allowed."""
+        return x if self.kind.whole else jnp.where(self.allowed(), x, other)

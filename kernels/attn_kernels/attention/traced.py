@@ -4,7 +4,9 @@ Kernels differ in how they move data. What they compute of the scores of a tile,
 derivatives of its weights, is here.
 """
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from attn_kernels.attention import elementwise
 from attn_kernels.attention.ahead import source
-from attn_kernels.attention.elementwise import KEYS, PAIRS, PLACE, QUERIES
+from attn_kernels.attention.alike import alike, answers
+from attn_kernels.attention.elementwise import KEYS, PAIRS, PLACE, QUERIES, over
 from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.normalizer import Normalizer, Softmax
 from attn_kernels.attention.tile import Tile
@@ -55,24 +58,67 @@ class Parts:
         """Which pairs the mask allows."""
         return self._evaluate(self._allowed, (*place, *leaves), self._shapes())[0]
 
-    def value(self, scores, place, leaves) -> jax.Array:
-        """The modified scores if softmax normalises, else the weights."""
+    def value(self, scores, place, leaves, like=None) -> jax.Array:
+        """The modified scores if softmax normalises, else the weights.
+
+        Args:
+          scores, place, leaves: arrays.
+          like: positions of a query and a key, if comparisons of positions come out as of these.
+        """
         if self.plain:
             return scores
         args, shapes = (scores, *place, *leaves), (PAIRS, *self._shapes())
-        (value,) = self._evaluate(self._value, args, shapes)
-        return jnp.broadcast_to(value, scores.shape)
+        (value,) = self._evaluate(self._value, args, shapes, like=like)
+        return over(value, scores.shape)
 
-    def slopes(self, scores, cotangent, place, leaves) -> list[jax.Array]:
-        """The `value`, and the derivatives along scores and moving leaves, pair by pair."""
+    def slopes(
+        self, scores, cotangent, place, leaves, moving=None, rows="", reduce=None, like=None
+    ) -> list[jax.Array]:
+        """The `value`, and the derivatives along scores and moving leaves.
+
+        Args:
+          scores, cotangent, place, leaves, like: as of `value`.
+          moving: the leaves along which they are wanted, by default all that move.
+          rows: "q" or "k", if derivatives of leaves that have no other axis are to be vectors, and
+            such leaves may be; else all are pair by pair.
+          reduce: sums pairs to a vector.
+        """
         if self.plain:
             return [scores, cotangent]
-        args, shapes = (scores, cotangent, *place, *leaves), self._shapes(self.moving)
-        found = self._evaluate(self._slopes, args, (PAIRS, PAIRS, *shapes))
-        return [jnp.broadcast_to(x, scores.shape) for x in found]
+        moving = self.moving if moving is None else moving
+        args, shapes = (scores, cotangent, *place, *leaves), self._shapes(moving, rows)
+        function = functools.partial(self._slopes, moving)
+        shapes = PAIRS, PAIRS, *shapes
+        value, slopes, *found = self._evaluate(function, args, shapes, reduce, like)
+        summed = [self._summed(n, rows) for n in moving]
+        whole = scores.shape
+        return [
+            *(over(x, whole) for x in (value, slopes)),
+            *(over(x, whole[:1] if one else whole) for x, one in zip(found, summed, strict=True)),
+        ]
 
-    def _evaluate(self, function, args, shapes):
-        return elementwise.evaluate(function, args, shapes, self.primitives)
+    def _summed(self, n, rows):
+        return bool(rows) and set(self.axes[n]) <= set(rows)
+
+    def _evaluate(self, function, args, shapes, reduce=None, like=None):
+        def known(jaxpr, consts):
+            return answers(jaxpr, consts, self._positions(args), *map(np.int32, like))
+
+        known = known if like else None
+        return elementwise.evaluate(function, args, shapes, self.primitives, reduce, known)
+
+    def _positions(self, args):
+        """Which of the arguments of a function are positions of queries and keys."""
+        first = len(args) - len(self.axes) - len(PLACE) + 2
+        return first, first + 1
+
+    def alike(self, leaves, lengths, blocks, full) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Tiles in which all comparisons of positions come out alike: see `alike.alike`."""
+        dtypes = [jnp.float32, *[jnp.int32] * len(PLACE), *(x.dtype for x in leaves)]
+        shapes = PAIRS, *self._shapes()
+        args = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+        closed = jax.make_jaxpr(self._value)(*args)
+        return alike(closed.jaxpr, closed.consts, self._positions(args), lengths, blocks, full)
 
     def obstacle(self, leaves) -> str | None:
         """Why the kernel cannot trace the functions, None if it can."""
@@ -84,22 +130,27 @@ class Parts:
         if not self.plain:
             shapes = PAIRS, PAIRS, *self._shapes(self.moving)
             name = "score_mod and normalizer"
-            checks.append((name, self._slopes, [scores, scores, *dtypes], shapes))
+            slopes = functools.partial(self._slopes, self.moving)
+            checks.append((name, slopes, [scores, scores, *dtypes], shapes))
         for name, function, dtypes, shapes in checks:
             args = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
             if found := elementwise.obstacle(function, args, self.primitives):
                 return f"{name}: {found}"
         return None
 
-    def _shapes(self, moving=()):
+    def _shapes(self, moving=(), rows=""):
         """The shapes in which functions get a place and the leaves.
 
-        Leaves that move stand for every pair, so that their derivatives stay apart until a kernel
-        adds them up.
+        Leaves that move stand for every pair or every row, as their derivatives are to do.
         """
         lengths = {"q": QUERIES, "k": KEYS}
-        own = (tuple(lengths[a] if a in axes else 1 for a in "bhqk") for axes in self.axes)
-        return [*PLACE, *(PAIRS if n in moving else shape for n, shape in enumerate(own))]
+
+        def shape(n, axes):
+            if n in moving:
+                axes = rows if self._summed(n, rows) else "qk"
+            return tuple(lengths[a] if a in axes else 1 for a in "bhqk")
+
+        return [*PLACE, *(shape(n, axes) for n, axes in enumerate(self.axes))]
 
     def _allowed(self, *args):
         place, leaves = args[: len(PLACE)], args[len(PLACE) :]
@@ -112,8 +163,8 @@ class Parts:
             scores = score_mod(scores, *place).astype(scores.dtype)
         return scores if self.softmax else normalizer.weight(scores, ())
 
-    def _slopes(self, scores, cotangent, *args):
-        at = [len(PLACE) + n for n in self.moving]
+    def _slopes(self, moving, scores, cotangent, *args):
+        at = [len(PLACE) + n for n in moving]
 
         def function(scores, *moving):
             replaced = list(args)
@@ -178,15 +229,17 @@ def tile_lists(
       every: whether to meet empty ones too.
 
     Returns:
-      int32 `[B|1, H|1, rows, n]`, the numbers of the blocks, full ones first, and twice
-      `[B|1, H|1, rows]`, how many are full, and how many there are. n is the largest of these, if
-      the mask is known when a program is traced, else the number of columns.
+      As `listed` without marks.
     """
+    return listed(tile_kinds(mask, lengths, blocks, every), rows)
+
+
+def tile_kinds(mask, lengths, blocks, every=False) -> jax.Array:
+    """`[B|1, H|1, T tiles, S tiles]`, concrete if the mask is; see `tile_lists`."""
     counts = [-(-length // block) for length, block in zip(lengths, blocks)]
     mask = mask and source(mask)
-    known = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
-
-    def made():
+    concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
+    with jax.ensure_compile_time_eval() if concrete else contextlib.nullcontext():
         kinds = jnp.full(counts, FULL, jnp.int32)
         if mask is not None:
             kinds = mask.block_map(*lengths, *blocks)
@@ -196,17 +249,33 @@ def tile_lists(
             for count, block, length in zip(counts, blocks, lengths)
         ]
         kinds = jnp.where(ragged[0][:, None] | ragged[1], jnp.minimum(kinds, PARTIAL), kinds)
-        kinds = jnp.maximum(kinds, PARTIAL) if every else kinds
+        return jnp.maximum(kinds, PARTIAL) if every else kinds
+
+
+def listed(kinds: jax.Array, rows: str, marks=0, most: int = 0) -> tuple[jax.Array, ...]:
+    """Lists of tiles.
+
+    Args:
+      kinds: from `tile_kinds`.
+      rows: "q" or "k", whose blocks are the rows.
+      marks: of tiles, up to `most`: full ones come in the order of theirs, greatest first.
+
+    Returns:
+      int32 `[B|1, H|1, rows, n]`, the numbers of the blocks, full ones first, and `[B|1, H|1,
+      rows]` each: how many have the greatest mark, the next one or that, ..., how many are full,
+      and how many there are. n is the largest of these, if the kinds are concrete, else the number
+      of columns.
+    """
+    concrete = not isinstance(kinds, jax.core.Tracer)
+    with jax.ensure_compile_time_eval() if concrete else contextlib.nullcontext():
+        kinds = jnp.where(kinds == FULL, FULL + marks, kinds)
         kinds = jnp.swapaxes(kinds, 2, 3) if rows == "k" else kinds
         order = jnp.argsort(-kinds, axis=-1, stable=True).astype(jnp.int32)
-        full, some = ((kinds >= kind).sum(-1, dtype=jnp.int32) for kind in (FULL, EMPTY + 1))
-        return order, full, some
-
-    if not known:
-        return made()
-    with jax.ensure_compile_time_eval():
-        order, full, some = made()
-        return order[..., : max(1, int(some.max()))], full, some
+        least = (*range(FULL + most, EMPTY, -1),)
+        counts = [(kinds >= kind).sum(-1, dtype=jnp.int32) for kind in least]
+        if concrete:
+            order = order[..., : max(1, int(counts[-1].max()))]
+    return order, *counts
 
 
 def given(cotangents, results):

@@ -49,7 +49,8 @@ class Program:
     Attributes:
       b, h: batch and query head.
       start: the position of its first row.
-      full, some: how many fetched blocks are full, and how many there are.
+      kinds: of fetched blocks, and up to how many of these each of them is.
+      some: how many there are.
       block: the number of the n-th of them on its axis.
       held: its blocks of rows, in shared memory.
       fetched, ready, used: the slots of the fetched blocks, and their barriers.
@@ -60,7 +61,7 @@ class Program:
     b: jax.Array
     h: jax.Array
     start: jax.Array
-    full: jax.Array
+    kinds: Sequence
     some: jax.Array
     block: Callable
     held: Sequence
@@ -83,9 +84,12 @@ class Program:
         self.enter()
 
     def loop(self, step, carry):
-        """`step(n, carry, whole)` for all fetched blocks."""
-        carry = lax.fori_loop(0, self.full, functools.partial(step, whole=True), carry)
-        return lax.fori_loop(self.full, self.some, functools.partial(step, whole=False), carry)
+        """`step(n, carry, kind)` for all fetched blocks."""
+        first = 0
+        for kind, end in self.kinds:
+            carry = lax.fori_loop(first, end, functools.partial(step, kind=kind), carry)
+            first = end
+        return carry
 
 
 def run(
@@ -111,19 +115,19 @@ def run(
       spare: results that have no held block of their size to leave through.
       direct: shapes of more results, which `compute` itself writes.
       last_first: whether programs for the last rows go first.
-      lists: from `tile_lists`.
+      lists: of the blocks that programs visit.
       results: shapes, `[B, n, H, dim]` or `[B, H, n]`, n a multiple of two blocks of rows.
     """
     batch, dtype = held[0].shape[0], held[0].dtype
     slots, rows = blocks.slots, blocks.rows
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
-    inputs = [*held, *arrays, *extra, *lists, *leaves]
+    listed = [lists.order, *lists.counts]
+    inputs = [*held, *arrays, *extra, *listed, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
         parts = []
-        counts = map(len, (held, *fetched, extra, lists, leaves, results, direct))
-        for n in counts:
+        for n in map(len, (held, *fetched, extra, listed, leaves, results, direct)):
             parts.append(refs[:n])
             del refs[:n]
 
@@ -134,10 +138,12 @@ def run(
             b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
             # Late queries of causal masks meet the most keys, and early keys the most queries: the
             # longest programs go first.
-            i = lists[0].shape[2] - 1 - i if last_first else i
+            i = lists.order.shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
-            order, full, some = list_refs
-            at = (*lead(full, b, h), i)
+            order, *counts = list_refs
+            at = (*lead(order, b, h), i)
+            ends = [x[at] for x in counts]
+            some = ends[-1]
 
             def head(ref):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
@@ -160,8 +166,8 @@ def run(
                     b,
                     h,
                     start,
-                    full[at],
-                    some[at],
+                    [*zip(lists.kinds, ends)],
+                    some,
                     block,
                     mine,
                     fetched_smem,
@@ -192,7 +198,7 @@ def run(
             def _():
                 registers(REGISTERS[blocks.warpgroups][1], "decrease")
 
-                @pl.loop(0, some[at])
+                @pl.loop(0, some)
                 def _(n):
                     slot = blocks.slot(n)
                     columns = pl.ds(block(n) * blocks.columns, blocks.columns)
@@ -218,7 +224,7 @@ def run(
                             place = (b, h, columns) if numbers else (b, columns, head(ref))
                             plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
 
-                @pl.loop(jnp.maximum(some[at] - slots, 0), some[at])
+                @pl.loop(jnp.maximum(some - slots, 0), some)
                 def _(n):
                     for free in used:
                         plgpu.barrier_wait(free.at[blocks.slot(n)])
@@ -252,7 +258,7 @@ def run(
     return plgpu.kernel(
         kernel,
         out_type=[*results, *direct],
-        grid=(problem.heads, lists[0].shape[2], batch),
+        grid=(problem.heads, lists.order.shape[2], batch),
         grid_names=("heads", "tiles", "batch"),
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
@@ -330,7 +336,3 @@ def along_rows(program, ref, rows):
     """The numbers of `[B|1, H|1, n]` at the rows of a program."""
     ref = ref.at[(*lead(ref, program.b, program.h), pl.ds(program.start, rows))]
     return plgpu.load(ref, layout=ROWS, optimized=False)
-
-
-def over(vector, shape):
-    return lax.broadcast_in_dim(vector, shape, [0])

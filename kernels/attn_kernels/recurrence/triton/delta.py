@@ -12,7 +12,6 @@ gate is in the weights of all pairs around it, and in what the state passes thro
 """
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
