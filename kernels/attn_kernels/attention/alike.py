@@ -85,7 +85,7 @@ def alike(jaxpr, consts, positions, lengths, blocks, full) -> tuple[np.ndarray, 
     firsts = [np.arange(n, dtype=np.int32) * block for n, block in zip(counts, blocks)]
     queries, keys = firsts[0] + lengths[1] - lengths[0], firsts[1]
     found = [
-        [*answers(jaxpr, consts, positions, q[:, None], k[None]).values()]
+        [*answers(jaxpr, consts, positions, q[:, None], k).values()]
         for q in (queries, queries + blocks[0] - 1)
         for k in (keys, keys + blocks[1] - 1)
     ]

@@ -180,11 +180,25 @@ def evaluate(
     given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
     closed = jax.make_jaxpr(function)(*given)
     known = known(closed.jaxpr, closed.consts) if known else None
-    return run(closed.jaxpr, closed.consts, args, primitives, known=known, reduce=reduce)
+    options = dict(known=known, reduce=reduce, aligned=_by_rows)
+    return run(closed.jaxpr, closed.consts, args, primitives, **options)
 
 
-def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None, reduce=None):
-    """The wanted variables of a jaxpr, by default its results, of its arguments and known ones."""
+def run(
+    jaxpr,
+    consts,
+    args,
+    primitives=COMMON,
+    *,
+    known=None,
+    wanted=None,
+    reduce=None,
+    aligned=jnp.broadcast_arrays,
+):
+    """The wanted variables of a jaxpr, by default its results, of its arguments and known ones.
+
+    What broadcasts is `aligned`; `reduce` is that of `evaluate`.
+    """
     consts = [jnp.reshape(jnp.asarray(x), ()) for x in consts]
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])) | (known or {})
     wanted = jaxpr.outvars if wanted is None else wanted
@@ -195,7 +209,7 @@ def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None, redu
     for eqn in needed(jaxpr, wanted, known):
         given, name = [read(atom) for atom in eqn.invars], _name(eqn)
         if name in CALLS:
-            out = run(*_inner(eqn), given, primitives, reduce=reduce)
+            out = run(*_inner(eqn), given, primitives, reduce=reduce, aligned=aligned)
         elif name == "reduce_sum" and not _keeps_axes(eqn):
             out = [reduce(given[0])]
         elif name == "select_n" and isinstance(given[0], np.ndarray):
@@ -204,17 +218,19 @@ def run(jaxpr, consts, args, primitives=COMMON, *, known=None, wanted=None, redu
             out = given[:1]
         elif name in REWRITTEN and name not in primitives:
             closed = _rewritten(eqn)
-            out = run(closed.jaxpr, closed.consts, given, primitives)
+            out = run(closed.jaxpr, closed.consts, given, primitives, aligned=aligned)
         else:
-            out = [eqn.primitive.bind(*_aligned(given), **eqn.params)]
+            given = aligned(*given) if any(map(jnp.ndim, given)) else given
+            out = [eqn.primitive.bind(*given, **eqn.params)]
         known.update(zip(eqn.outvars, out))
     return [read(atom) for atom in wanted]
 
 
-def _aligned(arrays):
+def _by_rows(*arrays):
+    """They broadcast, vectors as numbers of rows."""
     rank = max(map(jnp.ndim, arrays))
     shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in arrays if jnp.ndim(x) == rank))
-    return [over(x, shape) for x in arrays] if rank else arrays
+    return [over(x, shape) for x in arrays]
 
 
 def over(x, shape: tuple[int, ...]) -> jax.Array:
