@@ -16,6 +16,7 @@ from attn_kernels.attention.elementwise import SAME, SHAPES, run
 COMPARISONS = {"ge", "gt", "le", "lt"}
 GROWS = {"ceil", "clamp", "convert_element_type", "floor", "max", "min", "round"}
 MOST = 2  # answers that have a loop: those before the diagonal, say, and behind it
+ASKED = 256  # tiles along an axis
 WORTH = 8  # one that fewer tiles than one in so many give has none
 # A variable is known, or a sum of multiples of positions, or it grows or falls with such a sum.
 KNOWN, SUM, GROWING = range(3)
@@ -74,33 +75,38 @@ def alike(jaxpr, consts, positions, lengths, blocks, full) -> tuple[np.ndarray, 
       jaxpr, consts, positions: as of `answers`.
       lengths: T and S.
       blocks: how many queries and keys a tile has.
-      full: the tiles that count, `[..., rows, columns]`; the others may not be marked.
+      full: the tiles that count, `[..., rows, columns]`.
 
     Returns:
       A mark for every tile, `[rows, columns]`, 0 for none, and the pairs of positions whose answers
       the marks 1, 2, ... stand for.
     """
-    counts = [-(-length // block) for length, block in zip(lengths, blocks)]
-    marks, pairs = np.zeros(counts, np.int32), []
-    firsts = [np.arange(n, dtype=np.int32) * block for n, block in zip(counts, blocks)]
-    queries, keys = firsts[0] + lengths[1] - lengths[0], firsts[1]
+    full = full.reshape(-1, *full.shape[-2:]).any(0)
+    # Where there are too many tiles to ask each of them, groups of them are asked.
+    group = -(-max(full.shape) // ASKED)
+    weights = np.pad(full, [(0, -n % group) for n in full.shape])
+    weights = weights.reshape(len(weights) // group, group, -1, group).sum((1, 3))
+    firsts, lasts = [], []
+    for count, block, shift in zip(weights.shape, blocks, (lengths[1] - lengths[0], 0)):
+        firsts.append(np.arange(count, dtype=np.int32) * block * group + shift)
+        lasts.append(firsts[-1] + block * group - 1)
     found = [
         [*answers(jaxpr, consts, positions, q[:, None], k).values()]
-        for q in (queries, queries + blocks[0] - 1)
-        for k in (keys, keys + blocks[1] - 1)
+        for q in (firsts[0], lasts[0])
+        for k in (firsts[1], lasts[1])
     ]
-    if not found[0]:
-        return marks, pairs
-    found = np.array([[np.broadcast_to(x, counts) for x in corner] for corner in found])
-    one = np.all(found == found[0], (0, 1)) & full.reshape(-1, *counts).any(0)
-    if not one.any():
-        return marks, pairs
-    _, first, inverse, often = np.unique(
-        found[0][:, one], axis=1, return_index=True, return_inverse=True, return_counts=True
-    )
-    rows, columns = np.nonzero(one)
-    for n in np.argsort(-often)[:MOST]:
-        if often[n] * WORTH >= full.reshape(-1, *counts).any(0).sum():
-            pairs.append((int(queries[rows[first[n]]]), int(keys[columns[first[n]]])))
-            marks[rows[inverse.ravel() == n], columns[inverse.ravel() == n]] = len(pairs)
-    return marks, pairs
+    found = np.array([[np.broadcast_to(x, weights.shape) for x in corner] for corner in found])
+    rows, columns = np.nonzero(np.all(found == found[0], (0, 1)) & (weights > 0))
+    marks, pairs = np.zeros(weights.shape, np.int32), []
+    if found.shape[1] and len(rows):
+        distinct = dict(axis=1, return_index=True, return_inverse=True)
+        _, examples, which = np.unique(found[0][:, rows, columns], **distinct)
+        which = which.ravel()
+        often = np.bincount(which, weights[rows, columns])
+        for n in np.argsort(-often)[:MOST]:
+            if often[n] * WORTH >= full.sum():
+                at = examples[n]
+                pairs.append((int(firsts[0][rows[at]]), int(firsts[1][columns[at]])))
+                marks[rows[which == n], columns[which == n]] = len(pairs)
+    marks = marks.repeat(group, 0).repeat(group, 1)
+    return marks[: full.shape[0], : full.shape[1]], pairs
