@@ -106,6 +106,18 @@ def test_programs_that_fill_a_gpu(kind, length, channels, size, batch):
     check(arrays)
 
 
+def test_none_takes_the_kernel_on_a_hopper_gpu(monkeypatch):
+    from attn_kernels.recurrence.triton import diagonal
+
+    served = []
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(diagonal, "walk", lambda x, *rest: served.append(x.shape) or (x, rest[-1]))
+    for options in {}, {"form": "chunk"}, {"implementation": "xla"}:
+        jax.eval_shape(functools.partial(diagonal_recurrence, **options), **inputs("average"))
+    jax.eval_shape(diagonal_recurrence, **inputs("average", 4))
+    assert len(served) == 1
+
+
 @pytest.mark.parametrize(
     "change, match",
     [

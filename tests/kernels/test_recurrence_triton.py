@@ -153,7 +153,7 @@ def test_compiles_without_a_gpu(monkeypatch, capability, write, decay, dim, widt
         ("additive", "head", jnp.float16, 34, "triton"),
         ("additive", "head", jnp.bfloat16, 34, "mosaic_gpu"),
         ("delta", "none", jnp.float16, 1, "triton"),
-        ("delta", "head", jnp.bfloat16, 1, None),
+        ("delta", "head", jnp.bfloat16, 1, "triton"),
         ("additive", "head", jnp.float32, 1, None),
     ],
 )

@@ -75,10 +75,10 @@ def linear_attention(
         steps, differentiable once in reverse mode; on a CPU in interpret mode), "triton" (kernels
         for GPUs in jax-triton: q, k and v in bfloat16 or float16, D and Dv up to 512, all but the
         delta rule with decay per channel, chunks of 64 steps, differentiable once in reverse mode;
-        on a CPU by Triton's interpreter), or None for the kernel on a TPU, and on a Hopper GPU, but
-        for the gated delta rule, "mosaic_gpu" where B H is more than half its multiprocessors and
-        "triton" elsewhere, where they serve the call, and XLA otherwise. With several devices None
-        takes a kernel of TPUs only inside `jax.shard_map` or `sequence_parallel`.
+        on a CPU by Triton's interpreter), or None for the kernel on a TPU, and on a Hopper GPU
+        "mosaic_gpu" where B H is more than half its multiprocessors and "triton" elsewhere, where
+        they serve the call, and XLA otherwise. With several devices None takes a kernel of TPUs
+        only inside `jax.shard_map` or `sequence_parallel`.
 
     Returns:
       `[B, T, H, Dv]` in the dtype of v; with `return_state` also the state `[B, H, D, Dv]` in the
@@ -248,8 +248,6 @@ def _chosen(q, k, v, log_decay, beta, *rest):
     Pallas' is the fastest where sequences fill the device side by side; where they are cut into
     parts, and for all that it lacks, it is Triton's.
     """
-    if log_decay is not None and beta is not None:
-        return None
     heads = max(x.shape[2] for x in (q, k, v, log_decay) if x is not None)
     filled = q.shape[0] * heads > gpu.MULTIPROCESSORS // 2
     for name in ("mosaic_gpu", "triton") if filled else ("triton",):

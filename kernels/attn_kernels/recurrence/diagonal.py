@@ -46,9 +46,10 @@ def diagonal_recurrence(
         another: it holds one state a chunk, in its derivative too) or "auto" (recurrent for short
         T, else chunk). All are differentiable any number of times, in both modes.
       chunk_size: steps a chunk.
-      implementation: None or "xla", or "triton" (a kernel for GPUs, for real sums in float32 and N
-        up to 256, differentiable once in reverse mode; it has no form, and on a CPU runs by
-        Triton's interpreter).
+      implementation: "xla", "triton" (a kernel for GPUs, for real sums in float32 and N up to 256,
+        differentiable once in reverse mode; it has no form, and on a CPU runs by Triton's
+        interpreter), or None for Triton's on a Hopper GPU where it serves the call and T is not
+        short, and XLA otherwise.
 
     Returns:
       `[B, T, C]` in the dtype of x; with `return_state` also the state `[B, C, N]` in the dtype of
@@ -65,6 +66,8 @@ def diagonal_recurrence(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     arrays, state = _checked(x, log_decay, write, read, initial_state)
+    if implementation is None and gpu.available() and x.shape[1] >= SHORT:
+        implementation = "xla" if _obstacle(x, state, form) else "triton"
     if implementation == "triton":
         if reason := _obstacle(x, state, form):
             raise NotImplementedError(f"the Triton kernel of diagonal_recurrence: {reason}")
