@@ -23,6 +23,8 @@ def traced(function):
         (lambda q, k: (q - k).astype(jnp.float32) - k > 0, 1),
         (lambda q, k: ((q - k) / 3).astype(jnp.int32) > 2, 1),
         (lambda q, k: ((q - k) / 3).astype(jnp.int32) - k > 2, 0),
+        (lambda q, k: jax.lax.div(q - k, 3) > 2, 1),
+        (lambda q, k: 4 * jax.lax.div(q - k, 3) - q > 2, 0),
         (lambda q, k: jnp.abs(q - k) > 3, 0),
         (lambda q, k: q * k > 3, 0),
         (lambda q, k: q - jnp.minimum(k, 9) > 3, 0),

@@ -42,9 +42,10 @@ def comparisons(jaxpr, positions: Sequence[int]) -> list:
         same = most == KNOWN or name in SHAPES | SAME | {"neg"}
         same |= name in ("add", "sub") and (alone or most == SUM)
         same |= name == "convert_element_type" and _exact(eqn)
-        same |= alone and (name == "mul" or (name == "div" and given[0] != KNOWN))
-        boolean = eqn.outvars[0].aval.dtype == jnp.bool_
-        if same or (name in GROWS and alone and not boolean):
+        dtype, divided = eqn.outvars[0].aval.dtype, name == "div" and given[0] != KNOWN
+        # A quotient of integers is rounded.
+        same |= alone and (name == "mul" or (divided and jnp.issubdtype(dtype, jnp.floating)))
+        if same or (alone and dtype != jnp.bool_ and (name in GROWS or divided)):
             kinds[eqn.outvars[0]] = most if same else GROWING
     return found
 

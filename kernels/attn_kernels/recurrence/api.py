@@ -173,16 +173,18 @@ def step(
         raise ValueError(f"implementation must be None, 'xla' or 'triton', got {implementation!r}")
     one = jax.tree.map(lambda x: x[:, None], dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta))
     checked = functools.partial(_checked, **one, scale=scale)
-    twice = beta is not None and state.size * 4 > CACHED
-    if implementation == "triton" or (implementation is None and twice and gpu.available()):
+
+    def obstacle():
         _, wide = jax.eval_shape(lambda state: checked(initial_state=state), state)
-        reason = gpu.missing_triton() or (
-            "" if wide.dtype == jnp.float32 else f"sums are in {wide.dtype}"
-        )
-        if reason and implementation:
-            raise NotImplementedError(f"the Triton kernel of step: {reason}")
-        implementation = "xla" if reason else "triton"
+        sums = "" if wide.dtype == jnp.float32 else f"sums are in {wide.dtype}"
+        return gpu.missing_triton() or sums
+
+    read_twice = beta is not None and 4 * state.size > CACHED
+    if implementation is None and read_twice and gpu.available():
+        implementation = "xla" if obstacle() else "triton"
     if implementation == "triton":
+        if reason := obstacle():
+            raise NotImplementedError(f"the Triton kernel of step: {reason}")
         from attn_kernels.recurrence.triton import step as on_gpu
 
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
