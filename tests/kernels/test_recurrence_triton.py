@@ -1,5 +1,8 @@
 import functools
 import importlib
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +118,16 @@ def test_refusals(change, match):
     call = {**inputs("delta", "head", 7), "implementation": "triton", **change}
     with pytest.raises(NotImplementedError, match=match):
         linear_attention(**call)
+
+
+def test_triton_keeps_the_place_of_its_binaries():
+    """For PyTorch's kernels in the same process."""
+    code = "import triton, attn_kernels.recurrence.triton; print(triton.knobs.cache.dir)"
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_CACHE_DIR"}
+    for given in environment, environment | {"TRITON_CACHE_DIR": "somewhere"}:
+        command = [sys.executable, "-c", code]
+        ran = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
+        assert ran.stdout.strip().endswith(given.get("TRITON_CACHE_DIR", ".triton/cache"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])

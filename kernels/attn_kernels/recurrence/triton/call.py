@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import inspect
+import os
 import threading
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import numpy as np
 import triton
 import triton.language as tl
@@ -16,6 +17,10 @@ from triton.runtime import interpreter
 
 from attn_kernels import gpu
 from attn_kernels.varying import varying
+
+# It sets a variable by which Triton's other users in this process lose the place of their binaries.
+with mock.patch.dict(os.environ):
+    import jax_triton
 
 _one_at_a_time = threading.Lock()  # the interpreter changes `triton.language` while it runs
 
