@@ -22,6 +22,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 if jaxlib.version.__version_info__ < (0, 11):  # later ones end at a flag that they do not know
     flag = "--xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+else:
+    # Programs of the interpreter of GPUs wait for each other, each in a thread of XLA's.
+    os.environ.setdefault("NPROC", "16")
 
 
 # All workers compile the same small programs, and again whenever they forget theirs.

@@ -166,6 +166,7 @@ def evaluate(
     primitives: frozenset[str] = COMMON,
     reduce: Callable | None = None,
     known: Callable | None = None,
+    wanted: Callable | None = None,
 ) -> list[jax.Array]:
     """`function(*args)` for arrays of a kernel's own; the results as a list.
 
@@ -176,11 +177,13 @@ def evaluate(
       primitives: what the kernel has; others are written in terms of these.
       reduce: sums pairs to a vector, where the function has a sum over columns.
       known: gives, of the function's jaxpr and constants, variables whose values are known.
+      wanted: gives, of its jaxpr, what is returned in place of the results.
     """
     given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
     closed = jax.make_jaxpr(function)(*given)
     known = known(closed.jaxpr, closed.consts) if known else None
-    options = dict(known=known, reduce=reduce, aligned=_by_rows)
+    wanted = wanted(closed.jaxpr) if wanted else None
+    options = dict(known=known, wanted=wanted, reduce=reduce, aligned=_by_rows)
     return run(closed.jaxpr, closed.consts, args, primitives, **options)
 
 
@@ -224,6 +227,36 @@ def run(
             out = [eqn.primitive.bind(*given, **eqn.params)]
         known.update(zip(eqn.outvars, out))
     return [read(atom) for atom in wanted]
+
+
+def steps(function: Callable, args: Sequence[Any]) -> int:
+    """How many operations a function has for every pair.
+
+    Args:
+      function, args: as of `obstacle`.
+    """
+
+    def count(jaxpr):
+        found = 0
+        for eqn in jaxpr.eqns:
+            name, pairs = _name(eqn), eqn.outvars[0].aval.size == QUERIES * KEYS
+            found += count(_inner(eqn)[0]) if name in CALLS else pairs and name not in SHAPES | SAME
+        return found
+
+    return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def conditions(jaxpr) -> list:
+    """The variables of which the only result, a boolean, is the conjunction."""
+    made = {x: eqn for eqn in jaxpr.eqns for x in eqn.outvars}
+
+    def factors(atom):
+        eqn = None if isinstance(atom, Literal) else made.get(atom)
+        if eqn is None or eqn.primitive.name != "and":
+            return [atom]
+        return [x for given in eqn.invars for x in factors(given)]
+
+    return factors(*jaxpr.outvars)
 
 
 def _by_rows(*arrays):

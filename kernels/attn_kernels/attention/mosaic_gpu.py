@@ -6,6 +6,7 @@ Three kernels share one shape: `outputs`, `row_slopes` for the derivatives along
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -35,6 +36,7 @@ from attn_kernels.attention.warpgroups import (
     two_products,
     zeros,
 )
+from attn_kernels.attention.words import words, worth
 from attn_kernels.varying import varying
 
 WIDEST = 256
@@ -55,11 +57,13 @@ class Lists:
     Attributes:
       order, counts: from `listed`.
       kinds: of the tiles up to each of the counts.
+      words: what the mask says of the last kind of tiles, if that is known (see `words`).
     """
 
     order: jax.Array
     counts: list[jax.Array]
     kinds: tuple[Kind, ...]
+    words: jax.Array | None
 
     @classmethod
     def of(cls, problem, mask, sizes, rows, leaves, every):
@@ -70,7 +74,17 @@ class Lists:
             full = np.asarray(kinds) == FULL if known else np.ones(kinds.shape, bool)
             marks, like = problem.parts.alike(leaves, problem.lengths, sizes, full)
         order, *counts = listed(kinds, rows, marks, len(like))
-        return cls(order, counts, (*(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)))
+        kinds = *(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)
+        found = None
+        if mask is not None and not isinstance(order, jax.core.Tracer) and worth(mask):
+            most = int(np.max(np.asarray(counts[-1]) - np.asarray(counts[-2])))
+            sizes = sizes if rows == "q" else sizes[::-1]
+            size = math.prod(order.shape[:3]) * most * math.prod(sizes) // 8
+            if 0 < size <= problem.most_words:
+                given = dict(most=most, lengths=problem.lengths, sizes=sizes, rows=rows)
+                whole = problem.parts.treedef.unflatten(leaves)[0]
+                found = words(whole, order, counts[-2], **given)
+        return cls(order, counts, kinds, found)
 
 
 @jax.tree_util.register_static
@@ -86,6 +100,7 @@ class Problem:
       exact: whether derivatives of operands are sums in which the rounding of outputs would add up.
       pattern: the mask, if it is known then.
       pairs: which leaves have a number for every pair that is fetched with the blocks of columns.
+      most_words: bytes that what the mask says of tiles may take: as many as the queries.
       forward, rows, columns: the blocks of the three kernels.
     """
 
@@ -96,6 +111,7 @@ class Problem:
     exact: bool
     pattern: "Known | None"
     pairs: tuple[int, ...]
+    most_words: int
     forward: Blocks
     rows: Blocks
     columns: Blocks
@@ -414,7 +430,8 @@ def attend(tile: Tile):
     smaller = [fitting(name, x, dims, len(pairs)) for name, x in blocks.items()]
     pairs, blocks = ((), blocks.values()) if None in smaller else (pairs, smaller)
     growing = not isinstance(tile.scale, jax.core.Tracer) and float(tile.scale) > 0
-    problem = Problem(parts, tile.q.shape[1], lengths, growing, False, pattern, pairs, *blocks)
+    heads, most = tile.q.shape[1], q.nbytes
+    problem = Problem(parts, heads, lengths, growing, False, pattern, pairs, most, *blocks)
     args = q, k, v, tile.scale, sink, leaves
     out, stats = _attend(problem, *varying(args, args))
     if tile.summing:

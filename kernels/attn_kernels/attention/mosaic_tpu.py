@@ -181,8 +181,8 @@ class Tiles:
         for index, length, filled in sides:
             x = x if length == filled else jnp.where(index < length, x, empty)
         if self.problem.parts.masked:
-            allowed = self.problem.parts.allowed(self.place, self.leaves)
-            x = jnp.where(jnp.broadcast_to(allowed, x.shape), x, empty)
+            for allowed in self.problem.parts.allowed(self.place, self.leaves):
+                x = jnp.where(jnp.broadcast_to(allowed, x.shape), x, empty)
         return x
 
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from attn_kernels.attention.elementwise import over
 from attn_kernels.attention.warpgroups import COLUMNS, ROWS, WGMMA, lead
+from attn_kernels.attention.words import SIZE
 
 LOG2E = math.log2(math.e)
 
@@ -47,9 +48,13 @@ class ScoreTile:
         self.problem, self.parts, self.refs = problem, problem.parts, refs
         self.kind, self.moving, self.rows = kind, moving, "qk"[q_axis]
         self.b, self.h, self.slot = program.b, program.h, blocks.slot(n)
+        self.n, self.program = n, program
+        some = program.words is not None and not kind.whole
+        self._count_words = blocks.columns // SIZE if some else 0
         self.pairs = {m: x.at[self.slot, program.wg] for m, x in zip(problem.pairs, pairs)}
         self.shape = blocks.rows, blocks.columns
         self.axis = {"q": q_axis, "k": 1 - q_axis}
+        self.whole = (blocks.held, blocks.columns)[:: -1 if q_axis else 1]
         starts = program.start, program.block(n) * blocks.columns
         self.starts = {name: starts[axis] for name, axis in self.axis.items()}
 
@@ -67,11 +72,14 @@ class ScoreTile:
         return lax.broadcast_in_dim(x, self.shape, [1]) if axis else x
 
     def load(self):
-        """The leaves of modification and normaliser, while products are computed: see `take`."""
-        return [self._leaf(n) for n in range(self.parts.of_mask, len(self.refs))]
+        """What a tile needs of memory, while products are computed: see `take`."""
+        leaves = [self._leaf(n) for n in range(self.parts.of_mask, len(self.refs))]
+        return [*leaves, *(self._word(n) for n in range(self._count_words))]
 
-    def take(self, leaves):
+    def take(self, found):
+        leaves = found[: len(found) - self._count_words]
         self.leaves = [*self._zeros(0, self.parts.of_mask), *leaves]
+        self.words = found[len(leaves) :]
 
     def _zeros(self, *numbers):
         """They stand for leaves that are not read."""
@@ -99,15 +107,35 @@ class ScoreTile:
         return self.b, self.h, self.index("q") + shift, self.index("k")
 
     def allowed(self):
-        """Which pairs count; queries and keys beyond the end do not."""
-        q_len, k_len = self.problem.lengths
-        exist = (self.index("q") < q_len) & (self.index("k") < k_len)
-        if not self.parts.masked:
-            return exist
-        count = self.parts.of_mask
-        leaves = [*(self._leaf(n) for n in range(count)), *self._zeros(count, None)]
-        allowed = self.parts.allowed(self.place, leaves)
-        return exist & jnp.broadcast_to(allowed, self.shape)
+        """Conditions that all hold for the pairs that count: none beyond the end does."""
+        if self.words:
+            return [self._bits()]
+        found = []
+        for along, length, size in zip("qk", self.problem.lengths, self.whole):
+            if length % size:
+                found.append(self.index(along) < length)
+        if self.parts.masked:
+            count = self.parts.of_mask
+            leaves = [*(self._leaf(n) for n in range(count)), *self._zeros(count, None)]
+            found += self.parts.allowed(self.place, leaves)
+        return [over(x, self.shape) for x in found]
+
+    def _word(self, number):
+        first = self.program.kinds[-2][1]
+        rows = pl.ds(self.program.wg * self.shape[0], self.shape[0])
+        ref = self.program.words.at[self.n - first, number, rows]
+        return plgpu.load(ref, layout=ROWS, optimized=False)
+
+    def _bits(self):
+        """Those of the pairs: see `words`."""
+        # A thread has columns 8 i + 2 t and 8 i + 2 t + 1, t being its number in a row: by t alone
+        # words are shifted, so that which bits are wanted is known when this is compiled.
+        column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=WGMMA)
+        found = None
+        for n, word in enumerate(self.words):
+            word = lax.shift_right_logical(over(word, self.shape), column & 6)
+            found = jnp.where(column < n * SIZE, found, word) if n else word
+        return found & jnp.left_shift(jnp.int32(1), column & (SIZE - 7)) != 0
 
     def value(self, scores):
         """The modified scores if softmax normalises, else the weights."""
@@ -172,4 +200,7 @@ class ScoreTile:
 
     def clear(self, x, other=0.0):
         """The other number in place of pairs that are not allowed."""
-        return x if self.kind.whole else jnp.where(self.allowed(), x, other)
+        # Of conditions that are joined first, compilers keep those of all pairs.
+        for allowed in () if self.kind.whole else self.allowed():
+            x = jnp.where(allowed, x, other)
+        return x

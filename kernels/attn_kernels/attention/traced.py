@@ -54,9 +54,10 @@ class Parts:
         moving = tuple(n for n in self.moving if leaves[n].perturbed)
         return dataclasses.replace(self, moving=moving)
 
-    def allowed(self, place, leaves) -> jax.Array:
-        """Which pairs the mask allows."""
-        return self._evaluate(self._allowed, (*place, *leaves), self._shapes())[0]
+    def allowed(self, place, leaves) -> list[jax.Array]:
+        """Conditions that all hold for the pairs that the mask allows."""
+        args, shapes = (*place, *leaves), self._shapes()
+        return self._evaluate(self._allowed, args, shapes, wanted=elementwise.conditions)
 
     def value(self, scores, place, leaves, like=None) -> jax.Array:
         """The modified scores if softmax normalises, else the weights.
@@ -100,12 +101,13 @@ class Parts:
     def _summed(self, n, rows):
         return bool(rows) and set(self.axes[n]) <= set(rows)
 
-    def _evaluate(self, function, args, shapes, reduce=None, like=None):
+    def _evaluate(self, function, args, shapes, reduce=None, like=None, wanted=None):
         def known(jaxpr, consts):
             return answers(jaxpr, consts, self._positions(args), *map(np.int32, like))
 
         known = known if like else None
-        return elementwise.evaluate(function, args, shapes, self.primitives, reduce, known)
+        given = self.primitives, reduce, known, wanted
+        return elementwise.evaluate(function, args, shapes, *given)
 
     def _positions(self, args):
         """Which of the arguments of a function are positions of queries and keys."""

@@ -50,6 +50,7 @@ class Program:
       b, h: batch and query head.
       start: the position of its first row.
       kinds: of fetched blocks, and up to how many of these each of them is.
+      words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
       some: how many there are.
       block: the number of the n-th of them on its axis.
       held: its blocks of rows, in shared memory.
@@ -62,6 +63,7 @@ class Program:
     h: jax.Array
     start: jax.Array
     kinds: Sequence
+    words: object
     some: jax.Array
     block: Callable
     held: Sequence
@@ -122,19 +124,19 @@ def run(
     slots, rows = blocks.slots, blocks.rows
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
     listed = [lists.order, *lists.counts]
-    inputs = [*held, *arrays, *extra, *listed, *leaves]
+    words = [] if lists.words is None else [lists.words]
+    inputs = [*held, *arrays, *extra, *listed, *words, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
         parts = []
-        for n in map(len, (held, *fetched, extra, listed, leaves, results, direct)):
+        for n in map(len, (held, *fetched, extra, listed, words, leaves, results, direct)):
             parts.append(refs[:n])
             del refs[:n]
 
         def body(held_smem, spare_smem, fetched_smem, vectors, arrived, ready, used, passing):
-            held_refs, *fetched_refs, extra_refs, list_refs, leaf_refs, result_refs, direct_refs = (
-                parts
-            )
+            held_refs, *fetched_refs, extra_refs, list_refs, word_refs = parts[: len(fetched) + 4]
+            leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
             b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
             # Late queries of causal masks meet the most keys, and early keys the most queries: the
             # longest programs go first.
@@ -167,6 +169,7 @@ def run(
                     h,
                     start,
                     [*zip(lists.kinds, ends)],
+                    word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
                     some,
                     block,
                     mine,
