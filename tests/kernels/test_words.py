@@ -57,10 +57,7 @@ def test_bits_are_those_of_the_pattern(mask, lengths, rows):
     [
         (ops.causal_mask(), False),
         (ops.sliding_window_mask(5, 3), False),
-        (
-            Mask(lambda b, h, q, k, x: (x > 0) & (q % 7 == k % 7), (jnp.ones((1, 1, 30, 30)),)),
-            False,
-        ),
+        (Mask(stripes, (jnp.ones((1, 1, 30, 30), int), jnp.full((1, 1, 1, 1), 7))), False),
         (GRID, True),
         (STRIPES, True),
     ],
