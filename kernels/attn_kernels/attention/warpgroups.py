@@ -144,8 +144,6 @@ def run(
             wg = lax.axis_index("wg")
             order, *counts = list_refs
             at = (*lead(order, b, h), i)
-            ends = [x[at] for x in counts]
-            some = ends[-1]
 
             def head(ref):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
@@ -162,6 +160,9 @@ def run(
                     plgpu.copy_gmem_to_smem(
                         ref.at[b, pl.ds(start, rows), head(ref)], smem, arrived.at[wg]
                     )
+                ends = [x[at] for x in counts]
+                # They arrive with the rows, not one by one where each is needed.
+                ends = lax.optimization_barrier(ends)
                 plgpu.barrier_wait(arrived.at[wg])
                 program = Program(
                     wg,
@@ -170,7 +171,7 @@ def run(
                     start,
                     [*zip(lists.kinds, ends)],
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
-                    some,
+                    ends[-1],
                     block,
                     mine,
                     fetched_smem,
@@ -195,16 +196,16 @@ def run(
                     smem[...] = value.astype(smem.dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(smem, ref.at[place])
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(wg == blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][1], "decrease")
+                some, first = lax.optimization_barrier((counts[-1][at], block(0)))
 
-                @pl.loop(0, some)
-                def _(n):
+                def fetch(n, number):
                     slot = blocks.slot(n)
-                    columns = pl.ds(block(n) * blocks.columns, blocks.columns)
+                    columns = pl.ds(number * blocks.columns, blocks.columns)
                     for part, refs, smems, barrier, free in zip(
                         fetched, fetched_refs, fetched_smem, ready, used
                     ):
@@ -226,6 +227,10 @@ def run(
                             numbers = len(ref.shape) == 3
                             place = (b, h, columns) if numbers else (b, columns, head(ref))
                             plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
+                    # Which block is next is read before there is room for it.
+                    return block(jnp.minimum(n + 1, order.shape[3] - 1))
+
+                lax.fori_loop(0, some, fetch, first)
 
                 @pl.loop(jnp.maximum(some - slots, 0), some)
                 def _(n):
