@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from attn_kernels.attention import ScoreMod, attention, sigmoid
 from attn_kernels.attention.blocks import KERNELS, KINDS, TABLE, Blocks, table, using
+from attn_kernels.gpu import MULTIPROCESSORS
 from attn_lab.ops import sliding_window_mask
 from attn_lab.training import claim_workdir, run_main
 from attn_lab.training.config import as_dict
@@ -36,8 +37,9 @@ def candidates(kernel: str, dim: int) -> Iterator[Blocks]:
     """All blocks whose arrays fit into shared memory, and their sums into registers."""
     arrays = 1 if kernel == "outputs" else 2
     sums = 2 if kernel == "column_slopes" and dim <= 128 else 1
-    for columns, slots, groups in itertools.product((64, 128, 192, 256), (1, 2, 3), (2, 3)):
-        blocks = Blocks(64, columns, slots, groups)
+    sizes = (64, 128, 192, 256), (1, 2, 3), (2, 3), (0, MULTIPROCESSORS)
+    for columns, slots, groups, programs in itertools.product(*sizes):
+        blocks = Blocks(64, columns, slots, groups, programs)
         # A thread has half as many numbers of an array in float32 as it has columns.
         held = (sums * dim + arrays * columns + columns // 2) / 2
         if (

@@ -41,7 +41,9 @@ def test_error_budget_of_few_positions(lengths):
 
 @needs_new_jax
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [Blocks(64, 64, 3, 3), Blocks(64, 128, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [Blocks(64, 64, 3, 3), Blocks(64, 128, 1, 2), Blocks(64, 64, 2, 2, 3)], ids=str
+)
 def test_blocks_change_nothing(blocks):
     with using(outputs=blocks, row_slopes=blocks, column_slopes=blocks):
         check(cases(200, 261)["capped_slopes"], inputs(200, 261, jnp.bfloat16, 64, 64), 2**-7)
@@ -194,6 +196,14 @@ def test_blocks_of_the_table_compile_for_an_h100(monkeypatch, device, dim, kind)
     case = {"plain": "causal", "modified": "capped_slopes", "weights": "sigmoid"}[kind]
     with using(**{row["kernel"]: Blocks(*row["blocks"]) for row in rows}):
         compile_gradient(monkeypatch, cases(512, 512)[case], [(1, 512, HEADS, dim)] * 3)
+
+
+@needs_new_jax
+@pytest.mark.slow
+def test_programs_of_many_blocks_of_rows_compile_for_an_h100(monkeypatch):
+    blocks = Blocks(64, 64, 2, 2, 132)
+    with using(outputs=blocks, row_slopes=blocks, column_slopes=blocks):
+        compile_gradient(monkeypatch, cases(1021, 1347)["causal"], [(1, 1021, HEADS, 128)] * 3)
 
 
 @needs_new_jax

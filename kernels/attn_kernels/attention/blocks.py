@@ -33,12 +33,15 @@ class Blocks:
       columns: how many it gets at once.
       slots: for how many blocks of these there is room.
       warpgroups: how many compute.
+      programs: how many there are, each of which takes one block of rows after another; 0 if every
+        block has a program of its own.
     """
 
     rows: int
     columns: int
     slots: int
     warpgroups: int = 2
+    programs: int = 0
 
     @property
     def held(self) -> int:

@@ -155,7 +155,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         @pl.when(program.some > 0)
         def _():
-            plgpu.barrier_wait(k_ready.at[0])
+            plgpu.barrier_wait(k_ready.at[program.slot(0)])
 
         pl.when(program.wg == 1)(program.turn)
 
@@ -192,7 +192,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             def await_keys():
                 @pl.when(n + 1 < program.some)
                 def _():
-                    plgpu.barrier_wait(k_ready.at[blocks.slot(n + 1)])
+                    plgpu.barrier_wait(k_ready.at[program.slot(n + 1)])
 
             if not values:
                 await_keys()

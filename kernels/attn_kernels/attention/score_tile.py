@@ -47,7 +47,7 @@ class ScoreTile:
     def __init__(self, problem, blocks, program, n, refs, pairs, q_axis: int, kind, moving=()):
         self.problem, self.parts, self.refs = problem, problem.parts, refs
         self.kind, self.moving, self.rows = kind, moving, "qk"[q_axis]
-        self.b, self.h, self.slot = program.b, program.h, blocks.slot(n)
+        self.b, self.h, self.slot = program.b, program.h, program.slot(n)
         self.n, self.program = n, program
         some = program.words is not None and not kind.whole
         self._count_words = blocks.columns // SIZE if some else 0

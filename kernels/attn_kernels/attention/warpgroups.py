@@ -7,6 +7,7 @@ mask leaves arrive in the order of a list: full ones first, on which the predica
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -53,6 +54,7 @@ class Program:
       words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
       some: how many there are.
       block: the number of the n-th of them on its axis.
+      slot: where it is.
       held: its blocks of rows, in shared memory.
       fetched, ready, used: the slots of the fetched blocks, and their barriers.
       passing: a barrier for two warpgroups that take turns, None for more.
@@ -66,6 +68,7 @@ class Program:
     words: object
     some: jax.Array
     block: Callable
+    slot: Callable
     held: Sequence
     fetched: Sequence
     ready: Sequence
@@ -122,6 +125,9 @@ def run(
     """
     batch, dtype = held[0].shape[0], held[0].dtype
     slots, rows = blocks.slots, blocks.rows
+    heads, tiles, _ = grid = problem.heads, lists.order.shape[2], batch
+    programs = min(blocks.programs, math.prod(grid))
+    names = ("programs",) if programs else ("heads", "tiles", "batch")
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
     listed = [lists.order, *lists.counts]
     words = [] if lists.words is None else [lists.words]
@@ -137,32 +143,44 @@ def run(
         def body(held_smem, spare_smem, fetched_smem, vectors, arrived, ready, used, passing):
             held_refs, *fetched_refs, extra_refs, list_refs, word_refs = parts[: len(fetched) + 4]
             leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
-            b, h, i = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
-            # Late queries of causal masks meet the most keys, and early keys the most queries: the
-            # longest programs go first.
-            i = lists.order.shape[2] - 1 - i if last_first else i
             wg = lax.axis_index("wg")
             order, *counts = list_refs
-            at = (*lead(order, b, h), i)
 
-            def head(ref):
+            def each(work):
+                """`work(b, h, i, before)` for all blocks of rows of this program.
+
+                It gives how many blocks it fetched; those of earlier calls were `before`.
+                """
+
+                def one(h, i, b, before):
+                    # Late queries of causal masks meet the most keys, and early keys the most
+                    # queries: the longest blocks of rows go first.
+                    return before + work(b, h, tiles - 1 - i if last_first else i, before)
+
+                first = [lax.axis_index(name) for name in names]
+                if not programs:
+                    return one(*first, 0)
+
+                def step(n, before):
+                    n, h = divide(first[0] + n * programs, heads)
+                    i, b = divide(n, batch)
+                    return one(h, i, b, before)
+
+                count = divide(math.prod(grid) - 1 - first[0], programs)[0] + 1
+                return lax.fori_loop(0, count, step, jnp.int32(0))
+
+            def head(ref, h):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
 
-            def block(n):
-                return order[(*at, n)]
-
-            @pl.when(wg < blocks.warpgroups)
-            def _():
-                registers(REGISTERS[blocks.warpgroups][0], "increase")
+            def compute_rows(b, h, i, before):
+                at = (*lead(order, b, h), i)
                 start = i * blocks.held + wg * rows
                 mine = [x.at[wg] for x in held_smem]
                 for ref, smem in zip(held_refs, mine):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[b, pl.ds(start, rows), head(ref)], smem, arrived.at[wg]
-                    )
-                ends = [x[at] for x in counts]
+                    place = b, pl.ds(start, rows), head(ref, h)
+                    plgpu.copy_gmem_to_smem(ref.at[place], smem, arrived.at[wg])
                 # They arrive with the rows, not one by one where each is needed.
-                ends = lax.optimization_barrier(ends)
+                ends = lax.optimization_barrier([x[at] for x in counts])
                 plgpu.barrier_wait(arrived.at[wg])
                 program = Program(
                     wg,
@@ -172,7 +190,8 @@ def run(
                     [*zip(lists.kinds, ends)],
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
                     ends[-1],
-                    block,
+                    lambda n: order[(*at, n)],
+                    lambda n: blocks.slot(before + n),
                     mine,
                     fetched_smem,
                     ready,
@@ -197,20 +216,20 @@ def run(
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(smem, ref.at[place])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                return ends[-1]
 
-            @pl.when(wg == blocks.warpgroups)
-            def _():
-                registers(REGISTERS[blocks.warpgroups][1], "decrease")
-                some, first = lax.optimization_barrier((counts[-1][at], block(0)))
+            def fetch_columns(b, h, i, before):
+                at = (*lead(order, b, h), i)
+                some, first = lax.optimization_barrier((counts[-1][at], order[(*at, 0)]))
 
                 def fetch(n, number):
-                    slot = blocks.slot(n)
+                    slot = blocks.slot(before + n)
                     columns = pl.ds(number * blocks.columns, blocks.columns)
                     for part, refs, smems, barrier, free in zip(
                         fetched, fetched_refs, fetched_smem, ready, used
                     ):
 
-                        @pl.when(n >= slots)
+                        @pl.when(before + n >= slots)
                         def _(free=free):
                             plgpu.barrier_wait(free.at[slot])
 
@@ -224,15 +243,26 @@ def run(
                                         barrier.at[slot],
                                     )
                                 continue
-                            numbers = len(ref.shape) == 3
-                            place = (b, h, columns) if numbers else (b, columns, head(ref))
+                            vector = len(ref.shape) == 3
+                            place = (b, h, columns) if vector else (b, columns, head(ref, h))
                             plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
                     # Which block is next is read before there is room for it.
-                    return block(jnp.minimum(n + 1, order.shape[3] - 1))
+                    return order[(*at, jnp.minimum(n + 1, order.shape[3] - 1))]
 
                 lax.fori_loop(0, some, fetch, first)
+                return some
 
-                @pl.loop(jnp.maximum(some - slots, 0), some)
+            @pl.when(wg < blocks.warpgroups)
+            def _():
+                registers(REGISTERS[blocks.warpgroups][0], "increase")
+                each(compute_rows)
+
+            @pl.when(wg == blocks.warpgroups)
+            def _():
+                registers(REGISTERS[blocks.warpgroups][1], "decrease")
+                all_of_them = each(fetch_columns)
+
+                @pl.loop(jnp.maximum(all_of_them - slots, 0), all_of_them)
                 def _(n):
                     for free in used:
                         plgpu.barrier_wait(free.at[blocks.slot(n)])
@@ -266,14 +296,19 @@ def run(
     return plgpu.kernel(
         kernel,
         out_type=[*results, *direct],
-        grid=(problem.heads, lists.order.shape[2], batch),
-        grid_names=("heads", "tiles", "batch"),
+        grid=(programs,) if programs else grid,
+        grid_names=names,
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
         # Rows are reduced within warps, which need no memory for it.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if gpu.interpreted() else False,
     )(*inputs)
+
+
+def divide(n, size):
+    """The quotient and the rest."""
+    return lax.div(n, jnp.int32(size)), lax.rem(n, jnp.int32(size))
 
 
 def registers(number, action):
