@@ -34,7 +34,7 @@ each_mask = pytest.mark.parametrize("mask, lengths", MASKS.values(), ids=MASKS)
 def test_bits_are_those_of_the_pattern(mask, lengths, rows):
     sizes = (16, 32) if rows == "q" else (32, 16)
     order, full, some = listed(tile_kinds(mask, lengths, sizes), rows)
-    own = dict(lengths=lengths, sizes=(16, 32), rows=rows, most=int((some - full).max()))
+    own = dict(lengths=lengths, sizes=sizes, rows=rows, most=int((some - full).max()))
     got = np.asarray(words(mask, order, full, **own)).view(np.uint32)
     dense = np.asarray(mask.dense(*lengths))
     dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)

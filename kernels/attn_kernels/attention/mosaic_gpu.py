@@ -75,16 +75,15 @@ class Lists:
             marks, like = problem.parts.alike(leaves, problem.lengths, sizes, full)
         order, *counts = listed(kinds, rows, marks, len(like))
         kinds = *(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)
-        found = None
+        bits = None
         if mask is not None and not isinstance(order, jax.core.Tracer) and worth(mask):
-            most = int(np.max(np.asarray(counts[-1]) - np.asarray(counts[-2])))
-            sizes = sizes if rows == "q" else sizes[::-1]
-            size = math.prod(order.shape[:3]) * most * math.prod(sizes) // 8
-            if 0 < size <= problem.most_words:
-                given = dict(most=most, lengths=problem.lengths, sizes=sizes, rows=rows)
-                whole = problem.parts.treedef.unflatten(leaves)[0]
-                found = words(whole, order, counts[-2], **given)
-        return cls(order, counts, kinds, found)
+            full, some = map(np.asarray, counts[-2:])
+            shape = *order.shape[:3], int(np.max(some - full)), *sizes
+            if 0 < math.prod(shape) // 8 <= problem.most_words:
+                given = dict(most=shape[3], lengths=problem.lengths, sizes=sizes, rows=rows)
+                mask, *_ = problem.parts.treedef.unflatten(leaves)
+                bits = words(mask, order, full, **given)
+        return cls(order, counts, kinds, bits)
 
 
 @jax.tree_util.register_static

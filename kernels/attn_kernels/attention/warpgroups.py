@@ -147,9 +147,9 @@ def run(
             order, *counts = list_refs
 
             def each(work):
-                """`work(b, h, i, before)` for all blocks of rows of this program.
+                """`work(b, h, i, before)` for each block of rows of this program.
 
-                It gives how many blocks it fetched; those of earlier calls were `before`.
+                It gives how many blocks of columns it took; `before` is their sum so far.
                 """
 
                 def one(h, i, b, before):

@@ -42,7 +42,7 @@ def words(mask: Mask, order, first, *, most: int, lengths, sizes, rows: str) -> 
         blocks of rows meets, and where among them the part begins.
       most: m, how long it is at most; what comes after its end is of no use.
       lengths: T and S.
-      sizes: how many rows and columns a tile has, the latter a multiple of 32.
+      sizes: how many queries and keys a tile has; of columns it has a multiple of 32.
       rows: "q" or "k", along which rows are.
 
     Returns:
@@ -51,7 +51,7 @@ def words(mask: Mask, order, first, *, most: int, lengths, sizes, rows: str) -> 
     """
     # Known lists are not worth folding what is made of them.
     order, first = lax.optimization_barrier((order, first))
-    held, columns = sizes
+    held, columns = sizes if rows == "q" else sizes[::-1]
     met = jnp.minimum(first[..., None] + jnp.arange(most), order.shape[3] - 1)
     met = jnp.take_along_axis(order, met, 3)
     at = jnp.arange(columns).reshape(-1, 1, SIZE)
