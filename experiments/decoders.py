@@ -12,20 +12,22 @@ those of a large matrix product, which is timed in the same run.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from ml_collections import ConfigDict
 
 from attn_lab.data.text import Text
 from attn_lab.training import (
+    Optimizer,
+    TrainState,
     claim_workdir,
     create_state,
     make_optimizer,
@@ -40,7 +42,6 @@ from experiments.plan import model_flops
 from experiments.report import Lines
 
 KEY = "model", "variant", "length", "batch_size"
-PARTS = "start", "step"
 
 
 def variants(config: ConfigDict) -> list[tuple[dict[str, Any], ConfigDict]]:
@@ -71,31 +72,30 @@ def variants(config: ConfigDict) -> list[tuple[dict[str, Any], ConfigDict]]:
     return found
 
 
-def lowered(part: tuple[ConfigDict, str]) -> jax.stages.Lowered:
-    """A program of a language config: the one that makes its state, or the one that updates it.
+def optimizer_of(config: ConfigDict) -> Optimizer:
+    """The optimizer of a language config."""
+    return make_optimizer(config.steps, **config.optimizer.to_dict())
 
-    Its `vocab_size` is that of the model.
+
+def start(config: ConfigDict) -> tuple[nnx.GraphDef, TrainState]:
+    """Static part and first state of a language config, whose `vocab_size` is the model's.
+
+    As one program, all draws of a shape would be one kernel, whose compilation takes minutes.
     """
-    config, name = part
-    optimizer = make_optimizer(config.steps, **config.optimizer.to_dict())
-    graphdefs = []
+    return create_state(build_model(config, config.vocab_size), optimizer_of(config))
 
-    def start():
-        graphdef, state = create_state(build_model(config, config.vocab_size), optimizer)
-        graphdefs.append(graphdef)
-        return state
 
-    if name == "start":
-        return jax.jit(start).lower()
+def lowered(config: ConfigDict) -> jax.stages.Lowered:
+    """The program that updates the state."""
+    graphdef, state = jax.eval_shape(lambda: start(config))
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32)
-    state = jax.eval_shape(start)
-    step = make_train_step(graphdefs[0], loss_fn, optimizer, seed=config.seed)
+    step = make_train_step(graphdef, loss_fn, optimizer_of(config), seed=config.seed)
     return step.lower(state, {"inputs": tokens, "targets": tokens})
 
 
 def trained(
     config: ConfigDict,
-    programs: Sequence[Ready | dict[str, Any]],
+    ready: Ready | dict[str, Any],
     work: tuple[int, int],
     text: Text,
     untimed: int,
@@ -104,7 +104,7 @@ def trained(
 
     Args:
       config: its language config.
-      programs: from `compile_all`, for every one of `PARTS`.
+      ready: its step, from `compile_all`.
       work: from `model_flops`.
       text: its tokens.
       untimed: how many of the first steps are not timed.
@@ -112,11 +112,9 @@ def trained(
     Returns:
       `error` and `reason` where it does not fit into memory or is refused.
     """
-    for found in programs:
-        if isinstance(found, dict):
-            return found
-    start, step = (ready.program for ready in programs)
-    needed = programs[1].total / 1e9
+    if isinstance(ready, dict):
+        return ready
+    needed = ready.total / 1e9
     found = {"gigabytes": needed}
     if needed > free_bytes() / 1e9:
         reason = f"{needed:.1f} GB needed, {free_bytes() / 1e9:.1f} GB free"
@@ -126,12 +124,12 @@ def trained(
     try:
         batches = [text.batch(config.seed, n, **crops) for n in range(config.steps)]
         batches = jax.block_until_ready(jax.device_put(batches))
-        state = start()
+        _, state = start(config)
         for n, batch in enumerate(batches):
             if n == untimed:
                 jax.block_until_ready(state)
                 began = time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = ready.program(state, batch)
             losses.append(metrics["loss"])
         jax.block_until_ready(state)
         seconds = (time.perf_counter() - began) / (config.steps - untimed)
@@ -156,9 +154,8 @@ def results(config: ConfigDict, todo: list[tuple[dict, ConfigDict]]) -> Iterator
         text = texts[place] = texts.get(place) or load_data(own)
         multiple = config.vocab_multiple
         own.vocab_size = -(-text.vocab_size // multiple) * multiple
-    models = [own for _, own in todo]
-    programs = iter(compile_all(lowered, itertools.product(models, PARTS), config.processes))
-    for (key, own), *ready in zip(todo, programs, programs):
+    programs = compile_all(lowered, [own for _, own in todo], config.processes)
+    for (key, own), ready in zip(todo, programs):
         text = texts[own.file, own.unit]
         yield key | trained(own, ready, model_flops(own), text, config.untimed)
 

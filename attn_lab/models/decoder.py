@@ -71,8 +71,11 @@ class DecoderLM(nnx.Module):
       dropout: rate after the embedding.
       residual_dropout: rate before each residual addition.
       remat: whether the backward pass computes each block again instead of keeping its inside.
-      scan: whether the blocks, which must then be alike, run as one loop. It is compiled as fast as
-        a single block, and a block's backward pass is done before that of the one below begins.
+      scan: whether the blocks, which must then be alike, run as one loop. It is traced and lowered
+        as fast as a single block, and a block's backward pass is done before that of the one below
+        begins.
+      unroll: how many blocks a turn of that loop runs. With all there is no loop in the compiled
+        program, which then keeps fewer intermediates.
       block: makes every block, with the interface of `Block`, in place of mixers and MLP: it is
         called as `block(width, ...)` with the keywords of `Build`.
       init_std: of the normal initialiser of all kernels; those that write to the residual stream
@@ -106,6 +109,7 @@ class DecoderLM(nnx.Module):
         residual_dropout: float = 0.0,
         remat: bool = False,
         scan: bool = False,
+        unroll: int = 1,
         block: Callable[..., nnx.Module] | None = None,
         init_std: float = 0.02,
         dtype: Any = None,
@@ -119,6 +123,8 @@ class DecoderLM(nnx.Module):
         ):
             if given not in known:
                 raise ValueError(f"{name} must be one of {known}, got {given!r}")
+        if unroll < 1 or (unroll > 1 and not scan):
+            raise ValueError(f"unroll must be 1, or more of blocks that scan runs, got {unroll}")
         mixers = [mixers] * num_layers if isinstance(mixers, str) else list(mixers)
         one = mixer_args is None or isinstance(mixer_args, Mapping)
         mixer_args = [mixer_args or {}] * num_layers if one else list(mixer_args)
@@ -134,7 +140,7 @@ class DecoderLM(nnx.Module):
         )
         self.width, self.dropout, self.tied = width, dropout, tied
         self.max_len = max_len if positions else None
-        self.remat, self.scan = remat, scan
+        self.remat, self.scan, self.unroll = remat, scan, unroll
         embedding = nnx.initializers.normal(init_std)
         self.embed = build.param((vocab_size, width), embedding)
         self.position = build.param((max_len, width), embedding) if positions else nnx.data(None)
@@ -217,7 +223,7 @@ class DecoderLM(nnx.Module):
         note(x)
         scanned = self.scan and cache is None and not capture
         if scanned:
-            x = _scanned(self.blocks, x, segment_ids, rngs, self.remat)
+            x = _scanned(self.blocks, x, segment_ids, rngs, self.remat, self.unroll)
         for depth, block in enumerate([] if scanned else self.blocks):
             mixer = block.mixer
             for name, read in ("attention_weights", mixer.weights), ("scores", mixer.scores):
@@ -275,7 +281,7 @@ def _alike(blocks) -> tuple[nnx.GraphDef, list[nnx.State]]:
     return graphdefs[0], list(params)
 
 
-def _scanned(blocks, x, segment_ids, rngs, remat):
+def _scanned(blocks, x, segment_ids, rngs, remat, unroll):
     graphdef, params = _alike(blocks)
     keys = None if rngs is None else jax.random.split(rngs(), len(params))
 
@@ -285,9 +291,10 @@ def _scanned(blocks, x, segment_ids, rngs, remat):
         rngs = None if key is None else nnx.Rngs(key)
         return block(x, segment_ids=segment_ids, rngs=rngs)[0], None
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    # Without a loop the compiler would keep what is to be computed again.
+    body = jax.checkpoint(body, prevent_cse=unroll >= len(params)) if remat else body
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *params)
-    return jax.lax.scan(body, x, (stacked, keys))[0]
+    return jax.lax.scan(body, x, (stacked, keys), unroll=unroll)[0]
 
 
 def _positions_in_segments(segment_ids: jax.Array) -> jax.Array:

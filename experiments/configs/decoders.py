@@ -39,7 +39,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     decoder.update(file="wikitext2/wikitext2.npz", unit="token")
     decoder.model.remat = False
     characters = language.get_config("shakespeare_char")
-    characters.model.scan = True
+    for model in decoder, characters:
+        model.model.update(scan=True, unroll=model.model.num_layers)
     small = language.get_config()
     small.model.update(num_layers=2, width=32)
     for model in decoder, characters, small:

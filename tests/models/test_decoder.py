@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from attn_lab.models import DecoderLM, count_parameters, generate
+from attn_lab.models.decoder import Block
 from attn_lab.models.generate import restrict
 
 
@@ -80,13 +81,14 @@ def test_recomputed_blocks_have_the_same_gradients(dropout):
     )
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_blocks_as_one_loop_have_the_same_gradients(remat):
+@pytest.mark.parametrize("remat, unroll", [(False, 1), (True, 1), (True, 2), (False, 3)])
+def test_blocks_as_one_loop_have_the_same_gradients(remat, unroll):
     ids = tokens()
 
     def gradients(scan):
         arguments = {"mixers": "gated_linear_attention", "num_layers": 3}
-        graphdef, params = nnx.split(model(**arguments, scan=scan, remat=remat))
+        loop = {"scan": True, "unroll": unroll} if scan else {}
+        graphdef, params = nnx.split(model(**arguments, **loop, remat=remat))
 
         def loss(params):
             return (nnx.merge(graphdef, params)(ids)[0] ** 2).mean()
@@ -99,6 +101,27 @@ def test_blocks_as_one_loop_have_the_same_gradients(remat):
     assert looped and not unrolled
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_without_a_loop_are_traced_once(remat, monkeypatch):
+    traced, call = [], Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda *a, **kw: traced.append(a) or call(*a, **kw))
+
+    def numbers(**changes):
+        graphdef, params = nnx.split(model(num_layers=3, **changes))
+
+        def loss(params):
+            return (nnx.merge(graphdef, params)(tokens())[0] ** 2).mean()
+
+        traced.clear()
+        program = jax.jit(jax.grad(loss)).lower(params).compile()
+        return len(traced), program.as_text().count("while("), program.cost_analysis()["flops"]
+
+    once, loops, flops = numbers(scan=True, unroll=3, remat=remat)
+    assert once == 1 and loops == numbers(remat=remat)[1]
+    calls, _, least = numbers()
+    assert calls == 3 and flops == pytest.approx(1.7 * least if remat else least, rel=0.01)
+
+
 def test_dropout_in_a_loop_is_a_function_of_the_key():
     lm = model(scan=True, residual_dropout=0.5)
     first, again, other = (lm(tokens(), rngs=nnx.Rngs(n))[0] for n in (0, 0, 1))
@@ -109,6 +132,8 @@ def test_dropout_in_a_loop_is_a_function_of_the_key():
 def test_blocks_that_differ_cannot_be_one_loop():
     with pytest.raises(ValueError, match="scan needs blocks with the same mixer"):
         model(mixers=["base_conv", "dot_product_attention"], scan=True)
+    with pytest.raises(ValueError, match="unroll must be 1, or more of blocks that scan runs, got"):
+        model(unroll=2)
 
 
 def test_parameter_counts():
