@@ -11,6 +11,9 @@
   gated delta rule, each by the fastest kernel, at lengths 2048, 8192 and 32,768, of 32,768 tokens a
   step.
 
+In both the blocks are a loop that is unrolled: they are traced once, and the compiled program is
+that of blocks one after another.
+
 Texts are `wikitext2/wikitext2.npz` and `tinyshakespeare/input.txt` in `config.data_dir`. The former
 has 33,278 words, to which the model adds two.
 """
