@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from attn_kernels.attention import elementwise
-from attn_kernels.attention.elementwise import KEYS, PLACE, QUERIES, SAME, SHAPES
+from attn_kernels.attention.elementwise import SAME, SHAPES
 from attn_kernels.attention.mask import Mask
 from attn_kernels.attention.operand import operand
 
@@ -47,11 +47,7 @@ def ahead(mask: Mask, q_len: int, k_len: int, primitives: frozenset[str]) -> Mas
       q_len, k_len: T and S.
       primitives: what the kernel has; a mask that needs others stays as it is.
     """
-    sizes = [
-        [QUERIES if x.shape[2] > 1 else 1, KEYS if x.shape[3] > 1 else 1] for x in mask.operands
-    ]
-    args = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in PLACE]
-    args += [jax.ShapeDtypeStruct((1, 1, *size), x.dtype) for x, size in zip(mask.operands, sizes)]
+    args = elementwise.stand_ins(mask.operands)
     if elementwise.obstacle(mask.predicate, args, primitives):
         return mask
     jaxpr, consts = _traced(mask.predicate, args)

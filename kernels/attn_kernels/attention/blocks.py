@@ -61,7 +61,7 @@ class Blocks:
         """Where the n-th fetched block is."""
         if self.slots == 1:
             # 0, as there are fewer blocks: of a constant, all addresses would stay in registers.
-            return lax.shift_right_logical(n, jnp.int32(24))
+            return lax.shift_right_logical(n, jnp.int32(30))
         return lax.rem(n, jnp.int32(self.slots))
 
 

@@ -94,6 +94,15 @@ COMMON = frozenset(
 )
 
 
+def stand_ins(operands: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """A place and `[B|1, H|1, T|1, S|1]` operands, in the shapes that stand for a tile."""
+    args = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in PLACE]
+    for x in operands:
+        axes = [n if length > 1 else 1 for n, length in zip((QUERIES, KEYS), x.shape[2:])]
+        args.append(jax.ShapeDtypeStruct((1, 1, *axes), x.dtype))
+    return args
+
+
 def obstacle(function: Callable, args: Sequence[Any], primitives: frozenset[str]) -> str | None:
     """Why a function is not elementwise in these primitives, None if it is.
 

@@ -6,13 +6,11 @@ Three kernels share one shape: `outputs`, `row_slopes` for the derivatives along
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from attn_kernels import gpu
@@ -20,10 +18,10 @@ from attn_kernels.attention import traced
 from attn_kernels.attention.ahead import ahead
 from attn_kernels.attention.blocks import KERNELS, Blocks, blocks_of, fitting
 from attn_kernels.attention.elementwise import COMMON, over
-from attn_kernels.attention.mask import FULL, Mask
-from attn_kernels.attention.score_tile import LOG2E, Kind, ScoreTile
+from attn_kernels.attention.lists import Known, Lists
+from attn_kernels.attention.score_tile import LOG2E, ScoreTile
 from attn_kernels.attention.tile import Tile
-from attn_kernels.attention.traced import Parts, listed, parts_of, tile_kinds
+from attn_kernels.attention.traced import Parts, parts_of
 from attn_kernels.attention.warpgroups import (
     COLUMNS,
     LANES,
@@ -36,54 +34,10 @@ from attn_kernels.attention.warpgroups import (
     two_products,
     zeros,
 )
-from attn_kernels.attention.words import words, worth
 from attn_kernels.varying import varying
 
 WIDEST = 256
 PRIMITIVES = COMMON | {"square"}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Known:
-    """A mask whose operands are no arguments of a program: lists of its tiles are constants."""
-
-    mask: Mask | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Lists:
-    """Which tiles programs visit.
-
-    Attributes:
-      order, counts: from `listed`.
-      kinds: of the tiles up to each of the counts.
-      words: what the mask says of the last kind of tiles, if that is known (see `words`).
-    """
-
-    order: jax.Array
-    counts: list[jax.Array]
-    kinds: tuple[Kind, ...]
-    words: jax.Array | None
-
-    @classmethod
-    def of(cls, problem, mask, sizes, rows, leaves, every):
-        kinds = tile_kinds(mask, problem.lengths, sizes, every)
-        marks, like = 0, []
-        if not problem.parts.plain:
-            known = not isinstance(kinds, jax.core.Tracer)
-            full = np.asarray(kinds) == FULL if known else np.ones(kinds.shape, bool)
-            marks, like = problem.parts.alike(leaves, problem.lengths, sizes, full)
-        order, *counts = listed(kinds, rows, marks, len(like))
-        kinds = *(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)
-        bits = None
-        if mask is not None and not isinstance(order, jax.core.Tracer) and worth(mask):
-            full, some = map(np.asarray, counts[-2:])
-            shape = *order.shape[:3], int(np.max(some - full)), *sizes
-            if 0 < math.prod(shape) // 8 <= problem.most_words:
-                given = dict(most=shape[3], lengths=problem.lengths, sizes=sizes, rows=rows)
-                mask, *_ = problem.parts.treedef.unflatten(leaves)
-                bits = words(mask, order, full, **given)
-        return cls(order, counts, kinds, bits)
 
 
 @jax.tree_util.register_static
@@ -108,7 +62,7 @@ class Problem:
     lengths: tuple[int, int]
     growing: bool
     exact: bool
-    pattern: "Known | None"
+    pattern: Known | None
     pairs: tuple[int, ...]
     most_words: int
     forward: Blocks

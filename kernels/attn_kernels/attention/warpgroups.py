@@ -52,7 +52,6 @@ class Program:
       start: the position of its first row.
       kinds: of fetched blocks, and up to how many of these each of them is.
       words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
-      some: how many there are.
       block: the number of the n-th of them on its axis.
       slot: where it is.
       held: its blocks of rows, in shared memory.
@@ -66,7 +65,6 @@ class Program:
     start: jax.Array
     kinds: Sequence
     words: object
-    some: jax.Array
     block: Callable
     slot: Callable
     held: Sequence
@@ -74,6 +72,11 @@ class Program:
     ready: Sequence
     used: Sequence
     passing: object
+
+    @property
+    def some(self):
+        """How many blocks it fetches."""
+        return self.kinds[-1][1]
 
     def leave(self):
         """Leaves the tensor cores to the other warpgroup."""
@@ -189,7 +192,6 @@ def run(
                     start,
                     [*zip(lists.kinds, ends)],
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
-                    ends[-1],
                     lambda n: order[(*at, n)],
                     lambda n: blocks.slot(before + n),
                     mine,

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attn_kernels.attention import elementwise
-from attn_kernels.attention.elementwise import KEYS, PLACE, QUERIES
+from attn_kernels.attention.elementwise import stand_ins, steps
 from attn_kernels.attention.mask import Mask
 
 SIZE = 32
@@ -21,15 +20,11 @@ WORTH = 6  # steps for every pair; a kernel takes fewer itself
 def worth(mask: Mask) -> bool:
     """Whether a kernel would take more steps for the predicate of a pair than for its bit.
 
-    Operands with a number for every pair are not, as the bits would be made of the whole of them.
+    It is not said to where an operand has a number for every pair, which bits would be made of.
     """
     if any(x.shape[2] > 1 < x.shape[3] for x in mask.operands):
         return False
-    args = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in PLACE]
-    for x in mask.operands:
-        size = [n if length > 1 else 1 for n, length in zip((QUERIES, KEYS), x.shape[2:])]
-        args.append(jax.ShapeDtypeStruct((1, 1, *size), x.dtype))
-    return elementwise.steps(mask.predicate, args) > WORTH
+    return steps(mask.predicate, stand_ins(mask.operands)) > WORTH
 
 
 @functools.partial(jax.jit, static_argnames=("most", "lengths", "sizes", "rows"))
