@@ -22,10 +22,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attn_kernels import gpu
-from attn_kernels.recurrence.decay import FORGOTTEN, decayed, since_start, until_end
+from attn_kernels.recurrence.decay import FORGOTTEN, decayed, matmul
 from attn_kernels.varying import varying
 
 WGMMA = plgpu.Layout.WGMMA
@@ -107,10 +108,11 @@ def registers(computing, fetching, number, action):
         plgpu.set_max_registers(number, action=action)
 
 
-def summed(*parts):
+def summed(*parts, meanwhile=lambda: None):
     """`start + sum of a b` for every part `(start, [(a, b), ...])`, the products at the same time.
 
-    b is in shared memory, a there or in registers.
+    b is in shared memory, a there or in registers. `meanwhile` is called before they are waited
+    for.
     """
 
     def start(x, pairs):
@@ -123,15 +125,18 @@ def summed(*parts):
     starts = [start(*part) for part in parts]
     products = [pairs for _, pairs in parts]
     if gpu.interpreted():
-        return [
+        found = [
             x + sum(jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for a, b in pairs)
             for x, pairs in zip(starts, products)
         ]
+        meanwhile()
+        return found
 
     def body(accs):
         for acc, pairs in zip(accs, products):
             for a, b in pairs:
                 plgpu.wgmma(acc, a, b)
+        meanwhile()
 
     return pl.run_state(body)([plgpu.ACC.init(x) for x in starts])
 
@@ -183,71 +188,84 @@ def block(n):
 
 
 def outputs(problem, q, k, v, gates, state, keep: bool):
-    """The outputs `[B, T', P, channels]`, the last state, and with `keep` those before chunks."""
+    """The outputs `[B, T', heads widths, channels]`, and by programs the last states.
+
+    With `keep` also the states before chunks. A program takes one block of keys after another, and
+    adds what they give to its outputs.
+    """
     batch, length, tiles, slots = q.shape[0], gates.shape[3], problem.tiles, 3
-    count, channels = length // SIZE, problem.channels
+    count, channels, dims, widths = length // SIZE, problem.channels, problem.dims, problem.widths
 
     def kernel(q_ref, k_ref, v_ref, gates_ref, first_ref, *refs):
         out_ref, last_ref, *states_ref = refs[: 2 + keep]
 
         def body(q_smem, k_smem, v_smem, gate_smem, states, scratch, staged, ready, used):
-            program, b, wg = (lax.axis_index(x) for x in ("programs", "batch", "wg"))
+            at, b, wg = (lax.axis_index(x) for x in ("programs", "batch", "wg"))
+
+            def program(d):
+                return lax.div(at, widths) * (dims * widths) + d * widths + lax.rem(at, widths)
 
             @pl.when(wg < tiles)
             def _():
                 registers(tiles, 1, 232, "increase")
+                mine = [states.at[wg * tiles + i] for i in range(tiles)]
 
-                def step(n, state):
-                    slot = lax.rem(n, slots)
+                def step(d, n, state):
+                    slot = lax.rem(d * count + n, slots)
                     now = gate_smem.at[slot]
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for i, x in enumerate(state):
-                        put(states.at[wg * tiles + i], x)
                     plgpu.barrier_wait(ready.at[slot])
                     carried, kept, whole = factors(now)
                     values = v_smem.at[slot * tiles + wg]
                     put(scratch.at[wg], wide(values) * kept)
                     plgpu.commit_smem()
-                    for ref, i in itertools.product(states_ref, range(tiles)):
-                        place = ref.at[b, program, n, block(i), block(wg)]
-                        plgpu.copy_smem_to_gmem(states.at[wg * tiles + i], place)
+                    for ref, (i, x) in itertools.product(states_ref, enumerate(mine)):
+                        place = ref.at[b, program(d), n, block(i), block(wg)]
+                        plgpu.copy_smem_to_gmem(x, place)
                     queries = [q_smem.at[slot * tiles + i] for i in range(tiles)]
                     keys = [k_smem.at[slot * tiles + i] for i in range(tiles)]
                     weights, out, *state = summed(
                         (None, [(x, y.T) for x, y in zip(queries, keys)]),
-                        (None, [(x, states.at[wg * tiles + i]) for i, x in enumerate(queries)]),
+                        (None, [*zip(queries, mine)]),
                         *((x * whole, [(y.T, scratch.at[wg])]) for x, y in zip(state, keys)),
                     )
                     weights = (weights * between(now, False)).astype(jnp.bfloat16)
-                    (out,) = summed((out * carried, [(weights, values)]))
+
+                    def meanwhile():
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        for smem, x in zip(mine, state):
+                            put(smem, x)
+
+                    (out,) = summed((out * carried, [(weights, values)]), meanwhile=meanwhile)
                     plgpu.barrier_arrive(used.at[slot])
-                    put(staged.at[wg], out * problem.scale)
-                    plgpu.commit_smem()
-                    place = out_ref.at[b, pl.ds(n * SIZE, SIZE), program, block(wg)]
-                    plgpu.copy_smem_to_gmem(staged.at[wg], place)
+                    place = out_ref.at[b, block(n), at, block(wg)]
+                    deliver(staged.at[wg], place, out * problem.scale, dims > 1 and d > 0)
                     return state
 
-                def place(ref, i):
-                    return ref.at[b, program, block(i), block(wg)]
+                @pl.loop(0, dims)
+                def _(d):
+                    def place(ref, i):
+                        return ref.at[b, program(d), block(i), block(wg)]
 
-                state = [
-                    plgpu.load(place(first_ref, i), layout=WGMMA, optimized=False)
-                    for i in range(tiles)
-                ]
-                state = lax.fori_loop(0, count, step, state)
-                for i, x in enumerate(state):
-                    place(last_ref, i)[...] = x
-                plgpu.wait_smem_to_gmem(0)
+                    state = [
+                        plgpu.load(place(first_ref, i), layout=WGMMA, optimized=False)
+                        for i in range(tiles)
+                    ]
+                    for smem, x in zip(mine, state):
+                        put(smem, x)
+                    state = lax.fori_loop(0, count, functools.partial(step, d), state)
+                    for i, x in enumerate(state):
+                        place(last_ref, i)[...] = x
+                    plgpu.wait_smem_to_gmem(0)  # what is added to has to be there
 
             @pl.when(wg == tiles)
             def _():
                 registers(tiles, 1, 40, "decrease")
 
-                @pl.loop(0, count)
-                def _(n):
-                    slot = lax.rem(n, slots)
+                @pl.loop(0, dims * count)
+                def _(m):
+                    (d, n), slot = (lax.div(m, count), lax.rem(m, count)), lax.rem(m, slots)
 
-                    @pl.when(n >= slots)
+                    @pl.when(m >= slots)
                     def _():
                         plgpu.barrier_wait(used.at[slot])
 
@@ -257,10 +275,10 @@ def outputs(problem, q, k, v, gates, state, keep: bool):
                         (k_ref, k_smem, "k"),
                         (v_ref, v_smem, "v"),
                     ):
-                        fetch(problem, ref, smem, slot, kind, b, n, program, arrive)
-                    fetch_gates(problem, gates_ref, gate_smem.at[slot], b, n, program, arrive)
+                        fetch(problem, ref, smem, slot, kind, b, n, program(d), arrive)
+                    fetch_gates(problem, gates_ref, gate_smem.at[slot], b, n, program(d), arrive)
 
-                drain(used, count, slots)
+                drain(used, dims * count, slots)
 
         pl.run_scoped(
             body,
@@ -276,11 +294,31 @@ def outputs(problem, q, k, v, gates, state, keep: bool):
 
     lead = batch, problem.programs
     shapes = [
-        jax.ShapeDtypeStruct((batch, length, problem.programs, channels), v.dtype),
+        jax.ShapeDtypeStruct((batch, length, problem.heads * widths, channels), v.dtype),
         jax.ShapeDtypeStruct((*lead, channels, channels), jnp.float32),
         jax.ShapeDtypeStruct((*lead, count, channels, channels), v.dtype),
     ]
-    return call(problem, kernel, shapes[: 2 + keep], q, k, v, gates, state)
+    programs = problem.heads * widths
+    return call(problem, kernel, shapes[: 2 + keep], programs, q, k, v, gates, state)
+
+
+def deliver(smem, place, x, add):
+    """Copies x through shared memory to a place, or adds it to what is there."""
+    if gpu.interpreted():  # by what has no copies that add
+        x, add = x + jnp.where(add, place[...].astype(x.dtype), 0.0), False
+    put(smem, x)
+    plgpu.commit_smem()
+    if add is False:
+        plgpu.copy_smem_to_gmem(smem, place)
+        return
+
+    @pl.when(add)
+    def _():
+        plgpu.copy_smem_to_gmem(smem, place, reduction_op="add")
+
+    @pl.when(jnp.logical_not(add))
+    def _():
+        plgpu.copy_smem_to_gmem(smem, place)
 
 
 def slopes(problem, q, k, v, gates, states, d_out, d_last):
@@ -456,7 +494,8 @@ def slopes(problem, q, k, v, gates, states, d_out, d_last):
         jax.ShapeDtypeStruct(d_last.shape, jnp.float32),
         jax.ShapeDtypeStruct((batch, problem.programs, tiles, SUMS, length), jnp.float32),
     ]
-    return call(problem, kernel, shapes, q, k, v, d_out, gates, states, d_last)
+    programs = problem.programs
+    return call(problem, kernel, shapes, programs, q, k, v, d_out, gates, states, d_last)
 
 
 def fetch(problem, ref, smem, slot, kind, b, n, program, barrier):
@@ -481,11 +520,11 @@ def drain(used, count, slots):
         plgpu.barrier_wait(used.at[lax.rem(n, slots)])
 
 
-def call(problem, kernel, shapes, *args):
+def call(problem, kernel, shapes, programs, *args):
     return plgpu.kernel(
         kernel,
         out_type=shapes,
-        grid=(problem.programs, args[0].shape[0]),
+        grid=(programs, args[0].shape[0]),
         grid_names=("programs", "batch"),
         num_threads=problem.tiles + 1,
         thread_name="wg",
@@ -523,8 +562,7 @@ def chunked(q, k, v, log_decay, state, scale: float):
     log_decay = jnp.pad(jnp.swapaxes(log_decay, 1, 2), ((0, 0), (0, 0), (0, -length % SIZE)))
     args = blocks(q), blocks(k), blocks(v), log_decay, state
     out, last = _run(problem, *varying(args, args))
-    out = out[:, :length].reshape(batch, length, heads, dims, widths * channels)
-    out = out[:, :, :, 0] if dims == 1 else out.astype(jnp.float32).sum(3).astype(v.dtype)
+    out = out[:, :length].reshape(batch, length, heads, widths * channels)
     last = last.reshape(batch, heads, dims, widths, channels, channels)
     last = jnp.swapaxes(last, 3, 4).reshape(batch, heads, dims * channels, widths * channels)
     return out[..., :width], last[:, :, :dim, :width]
@@ -553,12 +591,7 @@ def _run_fwd(problem, q, k, v, log_decay, state, keep=True):
 def _run_bwd(problem, saved, cotangents):
     q, k, v, log_decay, arrays, states = saved
     d_out, d_last = cotangents
-    batch, length = d_out.shape[:2]
-    # An output is a sum over the blocks of keys: all of them have one cotangent.
-    d_out = d_out.reshape(batch, length, problem.heads, problem.dims, problem.widths, -1)[
-        :, :, :, 0
-    ]
-    d_out = d_out.reshape(batch, length, -1, problem.channels)
+    batch = d_out.shape[0]
     parts, d_first = _parts(problem, q, log_decay), None
     d_out = _cut(d_out, parts, 1)
     if parts > 1:
@@ -633,32 +666,33 @@ def _chained(problem, log_decay, parts, written, state, reverse=False):
     return jnp.moveaxis(before, 0, 1).reshape(-1, *state.shape[1:]), last
 
 
-def _in_chunks(x):
-    return x.reshape(*x.shape[:-1], -1, SIZE)
+def _sums(*terms):
+    """Sums over the steps of a chunk: of every `x, counts` x at those u that `counts(u, t)`, at t.
+
+    They are a product with a matrix of 0 and 1: running sums would be several slow programs.
+    """
+    shape = terms[0][0].shape
+    chunks = [x.reshape(*shape[:-1], -1, SIZE) for x, _ in terms]
+    counted = [counts(*np.indices((SIZE, SIZE))) for _, counts in terms]
+    found = matmul(jnp.concatenate(chunks, -1), np.concatenate(counted).astype(np.float32))
+    return found.reshape(shape)
 
 
 def _gates(log_decay):
     """What the kernels read of gates: `[B, H, T']` to `[B, H, 6, T']`."""
-    g = _in_chunks(jnp.maximum(log_decay, FORGOTTEN).astype(jnp.float32))
+    g = jnp.maximum(log_decay, FORGOTTEN).astype(jnp.float32)
     coarse = jnp.round(g / STEP) * STEP
-    along = g[..., None]
-    vectors = [
-        jnp.cumsum(coarse, -1),
-        jnp.cumsum(g - coarse, -1),
-        jnp.exp(since_start(along)[..., 0]),
-        jnp.exp(until_end(along)[..., 0]),
-    ]
-    vectors = [*vectors, *vectors[:2]]
-    return jnp.stack([x.reshape(log_decay.shape) for x in vectors], 2)
+    coarse, fine = _sums((jnp.stack([coarse, g - coarse]), np.less_equal))
+    until_end = _sums((g, np.greater))
+    return jnp.stack([coarse, fine, jnp.exp(coarse + fine), jnp.exp(until_end), coarse, fine], 2)
 
 
 def _gate_slopes(problem, log_decay, sums):
     """A gate is in the weights of all pairs around it, and in what the state passes through it."""
     heads = log_decay.shape[1]
     group = problem.programs // heads * problem.tiles
-    sums = sums.reshape(sums.shape[0], heads, group, SUMS, -1, SIZE).sum(2)
+    sums = sums.reshape(sums.shape[0], heads, group, *sums.shape[-2:]).sum(2)
     by_query, by_key, by_state, inner = (sums[:, :, n] for n in range(SUMS))
-    found = lax.cumsum(by_query - by_key, 3, reverse=True)
-    found = found + jnp.cumsum(by_state, 3) - by_state + inner.sum(3, keepdims=True)
-    found = found.reshape(*sums.shape[:2], -1)
+    paired = by_query - by_key
+    found = _sums((paired, np.greater_equal), (by_state, np.less), (inner, lambda u, t: u >= 0))
     return jnp.where(log_decay > FORGOTTEN, found, 0).astype(log_decay.dtype)
