@@ -59,8 +59,9 @@ def test_bits_are_those_of_the_pattern(mask, lengths, rows):
         (Mask(stripes, (jnp.ones((1, 1, 30, 30), int), jnp.full((1, 1, 1, 1), 7))), False),
         (GRID, True),
         (STRIPES, True),
+        (ops.causal_mask() & ops.segment_mask(jnp.arange(30)[None]), True),
     ],
-    ids=["causal", "window", "pairs", "grid", "stripes"],
+    ids=["causal", "window", "pairs", "grid", "stripes", "segments"],
 )
 def test_predicates_of_few_steps_stay(mask, found):
     assert worth(mask) == found

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attn_kernels.gpu import MULTIPROCESSORS
+
 TABLE = Path(__file__).with_name("blocks.json")
 KERNELS = ("outputs", "row_slopes", "column_slopes")
 KINDS = ("plain", "modified", "weights")
@@ -33,8 +35,8 @@ class Blocks:
       columns: how many it gets at once.
       slots: for how many blocks of these there is room.
       warpgroups: how many compute.
-      programs: how many there are, each of which takes one block of rows after another; 0 if every
-        block has a program of its own.
+      programs: how many there are, each of which takes one block of rows after another and has room
+        for the next one; 0 if every block has a program of its own.
     """
 
     rows: int
@@ -53,9 +55,15 @@ class Blocks:
         held = sum(dims)
         if kernel == "outputs":  # results of another size leave through a place of their own
             held = dims[0] if len({*dims}) == 1 else sum(dims)
+        held *= 2 if self.programs else 1
         fetched = sum(dims) + pairs * self.held
         numbers = held * self.held + self.slots * self.columns * fetched
         return 2 * numbers <= SHARED_BYTES - RESERVED
+
+    def in_turns(self, *given) -> "Blocks | None":
+        """The same for a program on every multiprocessor, if that `fits`."""
+        blocks = dataclasses.replace(self, programs=self.programs or MULTIPROCESSORS)
+        return blocks if blocks.fits(*given) else None
 
     def slot(self, n):
         """Where the n-th fetched block is."""

@@ -11,6 +11,8 @@ from attn_kernels.attention.score_tile import Kind
 from attn_kernels.attention.traced import listed, tile_kinds
 from attn_kernels.attention.words import words, worth
 
+SHORT = 16  # blocks of columns
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Known:
@@ -33,6 +35,12 @@ class Lists:
     counts: list[jax.Array]
     kinds: tuple[Kind, ...]
     words: jax.Array | None
+
+    @property
+    def short(self) -> bool:
+        """Whether it is known that programs visit few tiles."""
+        some = self.counts[-1]
+        return not isinstance(some, jax.core.Tracer) and bool(np.asarray(some).mean() <= SHORT)
 
     @classmethod
     def of(cls, problem, mask, sizes, rows, leaves, every):

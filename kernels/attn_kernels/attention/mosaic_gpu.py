@@ -414,7 +414,9 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
         shape = *sink.shape[:2], problem.lengths[0]
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
     args = q, k, v, scale.reshape(1), first, laid, lists
-    found = outputs(problem, problem.forward, *args)
+    dims = [x.shape[3] for x in (k, v) if x is not None]
+    blocks = problem.forward.in_turns("outputs", dims, len(problem.pairs)) if lists.short else None
+    found = outputs(problem, blocks or problem.forward, *args)
     stats = tuple(x[:, :, : problem.lengths[0]] for x in found if x.ndim == 3)
     out, *rest = [x[:, : q.shape[1]] for x in found if x.ndim == 4] or [None]
     if v is None:

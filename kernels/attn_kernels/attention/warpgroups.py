@@ -7,7 +7,6 @@ mask leaves arrive in the order of a list: full ones first, on which the predica
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -127,10 +126,11 @@ def run(
       results: shapes, `[B, n, H, dim]` or `[B, H, n]`, n a multiple of two blocks of rows.
     """
     batch, dtype = held[0].shape[0], held[0].dtype
-    slots, rows = blocks.slots, blocks.rows
-    heads, tiles, _ = grid = problem.heads, lists.order.shape[2], batch
-    programs = min(blocks.programs, math.prod(grid))
-    names = ("programs",) if programs else ("heads", "tiles", "batch")
+    slots, rows, groups = blocks.slots, blocks.rows, blocks.warpgroups
+    heads, tiles = problem.heads, lists.order.shape[2]
+    total = heads * tiles * batch
+    programs = min(blocks.programs or total, total)
+    buffers = 1 if programs == total else 2
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
     listed = [lists.order, *lists.counts]
     words = [] if lists.words is None else [lists.words]
@@ -143,48 +143,64 @@ def run(
             parts.append(refs[:n])
             del refs[:n]
 
-        def body(held_smem, spare_smem, fetched_smem, vectors, arrived, ready, used, passing):
+        def body(held_smem, spare_smem, fetched_smem, vectors, arrived, left, ready, used, passing):
             held_refs, *fetched_refs, extra_refs, list_refs, word_refs = parts[: len(fetched) + 4]
             leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
             wg = lax.axis_index("wg")
             order, *counts = list_refs
 
-            def each(work):
-                """`work(b, h, i, before)` for each block of rows of this program.
+            def each(known, work):
+                """`work(at, turn, more, before, known)` for each block of rows of this program.
 
-                It gives how many blocks of columns it took; `before` is their sum so far.
+                Where `at` is b, h and the number of the block, `known(at)` is read one turn ahead.
+                `work` gives how many blocks of columns it took; `before` is their sum so far.
                 """
+                first = lax.axis_index("programs")
+                count = divide(total - 1 - first, programs)[0] + 1
 
-                def one(h, i, b, before):
+                def place(turn):
+                    n, h = divide(first + turn * programs, heads)
+                    b, i = divide(n, tiles)
                     # Late queries of causal masks meet the most keys, and early keys the most
                     # queries: the longest blocks of rows go first.
-                    return before + work(b, h, tiles - 1 - i if last_first else i, before)
+                    return b, h, tiles - 1 - i if last_first else i
 
-                first = [lax.axis_index(name) for name in names]
-                if not programs:
-                    return one(*first, 0)
+                def step(turn, carry):
+                    before, now = carry
+                    more = turn + 1 < count
+                    ahead = known(place(jnp.where(more, turn + 1, turn))) if buffers > 1 else now
+                    return before + work(place(turn), turn, more, before, now), ahead
 
-                def step(n, before):
-                    n, h = divide(first[0] + n * programs, heads)
-                    i, b = divide(n, batch)
-                    return one(h, i, b, before)
+                now = known(place(0))
+                if buffers == 1:
+                    return step(0, (0, now))[0]
+                return lax.fori_loop(0, count, step, (jnp.int32(0), now))[0]
 
-                count = divide(math.prod(grid) - 1 - first[0], programs)[0] + 1
-                return lax.fori_loop(0, count, step, jnp.int32(0))
+            def buffer(turn, w):
+                """Where a warpgroup has its rows."""
+                return lax.rem(turn, buffers) * groups + w if buffers > 1 else w
 
             def head(ref, h):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
 
-            def compute_rows(b, h, i, before):
-                at = (*lead(order, b, h), i)
+            def ends(at):
+                b, h, i = at
+                # They arrive together, not one by one where each is needed.
+                return lax.optimization_barrier([x[(*lead(order, b, h), i)] for x in counts])
+
+            def compute_rows(at, turn, more, before, ends):
+                b, h, i = at
+                listed = (*lead(order, b, h), i)
                 start = i * blocks.held + wg * rows
-                mine = [x.at[wg] for x in held_smem]
-                for ref, smem in zip(held_refs, mine):
-                    place = b, pl.ds(start, rows), head(ref, h)
-                    plgpu.copy_gmem_to_smem(ref.at[place], smem, arrived.at[wg])
-                # They arrive with the rows, not one by one where each is needed.
-                ends = lax.optimization_barrier([x[at] for x in counts])
-                plgpu.barrier_wait(arrived.at[wg])
+                mine = [x.at[buffer(turn, wg)] for x in held_smem]
+                plgpu.barrier_wait(arrived.at[buffer(turn, wg)])
+                if buffers > 1:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                    @pl.when((turn > 0) & more)
+                    def _():
+                        plgpu.barrier_arrive(left.at[buffer(turn + 1, wg)])
+
                 program = Program(
                     wg,
                     b,
@@ -192,7 +208,7 @@ def run(
                     start,
                     [*zip(lists.kinds, ends)],
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
-                    lambda n: order[(*at, n)],
+                    lambda n: order[(*listed, n)],
                     lambda n: blocks.slot(before + n),
                     mine,
                     fetched_smem,
@@ -217,12 +233,27 @@ def run(
                     smem[...] = value.astype(smem.dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(smem, ref.at[place])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 return ends[-1]
 
-            def fetch_columns(b, h, i, before):
-                at = (*lead(order, b, h), i)
-                some, first = lax.optimization_barrier((counts[-1][at], order[(*at, 0)]))
+            def beginning(at):
+                b, h, i = at
+                listed = (*lead(order, b, h), i)
+                return lax.optimization_barrier((counts[-1][listed], order[(*listed, 0)]))
+
+            def fetch_columns(at, turn, more, before, beginning):
+                b, h, i = at
+                listed = (*lead(order, b, h), i)
+                some, first = beginning
+                for w in range(groups):
+
+                    @pl.when(turn >= buffers)
+                    def _(w=w):
+                        plgpu.barrier_wait(left.at[buffer(turn, w)])
+
+                    for ref, smem in zip(held_refs, held_smem):
+                        place = b, pl.ds(i * blocks.held + w * rows, rows), head(ref, h)
+                        own = buffer(turn, w)
+                        plgpu.copy_gmem_to_smem(ref.at[place], smem.at[own], arrived.at[own])
 
                 def fetch(n, number):
                     slot = blocks.slot(before + n)
@@ -249,7 +280,7 @@ def run(
                             place = (b, h, columns) if vector else (b, columns, head(ref, h))
                             plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
                     # Which block is next is read before there is room for it.
-                    return order[(*at, jnp.minimum(n + 1, order.shape[3] - 1))]
+                    return order[(*listed, jnp.minimum(n + 1, order.shape[3] - 1))]
 
                 lax.fori_loop(0, some, fetch, first)
                 return some
@@ -257,12 +288,13 @@ def run(
             @pl.when(wg < blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][0], "increase")
-                each(compute_rows)
+                each(ends, compute_rows)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(wg == blocks.warpgroups)
             def _():
                 registers(REGISTERS[blocks.warpgroups][1], "decrease")
-                all_of_them = each(fetch_columns)
+                all_of_them = each(beginning, fetch_columns)
 
                 @pl.loop(jnp.maximum(all_of_them - slots, 0), all_of_them)
                 def _(n):
@@ -281,14 +313,15 @@ def run(
         def arrivals(part):
             return sum(groups if isinstance(x, Pairs) else 1 for x in part)
 
-        number, groups = max(1, sum(len(x.shape) == 3 for x in results)), blocks.warpgroups
+        number = max(1, sum(len(x.shape) == 3 for x in results))
         pl.run_scoped(
             body,
-            [shared(groups, rows, x) for x in held],
+            [shared(buffers * groups, rows, x) for x in held],
             [shared(groups, rows, x) for x in spare],
             [[shared(slots, blocks.columns, x) for x in part] for part in fetched],
             plgpu.SMEM((number, groups, rows), jnp.float32),
-            plgpu.Barrier(num_arrivals=len(held), num_barriers=groups),
+            plgpu.Barrier(num_arrivals=len(held), num_barriers=buffers * groups),
+            plgpu.Barrier(num_barriers=buffers * groups),
             [plgpu.Barrier(num_arrivals=arrivals(part), num_barriers=slots) for part in fetched],
             [plgpu.Barrier(num_arrivals=groups, num_barriers=slots) for _ in fetched],
             plgpu.Barrier(num_arrivals=groups),
@@ -298,8 +331,8 @@ def run(
     return plgpu.kernel(
         kernel,
         out_type=[*results, *direct],
-        grid=(programs,) if programs else grid,
-        grid_names=names,
+        grid=(programs,),
+        grid_names=("programs",),
         num_threads=blocks.warpgroups + 1,
         thread_name="wg",
         # Rows are reduced within warps, which need no memory for it.

@@ -14,7 +14,7 @@ from attn_kernels.attention.elementwise import stand_ins, steps
 from attn_kernels.attention.mask import Mask
 
 SIZE = 32
-WORTH = 6  # steps for every pair; a kernel takes fewer itself
+WORTH = 6  # steps for every pair; a kernel takes fewer itself, if no operand has to be loaded
 
 
 def worth(mask: Mask) -> bool:
@@ -24,7 +24,8 @@ def worth(mask: Mask) -> bool:
     """
     if any(x.shape[2] > 1 < x.shape[3] for x in mask.operands):
         return False
-    return steps(mask.predicate, stand_ins(mask.operands)) > WORTH
+    loaded = any(max(x.shape[2:]) > 1 for x in mask.operands)
+    return loaded or steps(mask.predicate, stand_ins(mask.operands)) > WORTH
 
 
 @functools.partial(jax.jit, static_argnames=("most", "lengths", "sizes", "rows"))
