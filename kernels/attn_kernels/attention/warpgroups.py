@@ -52,6 +52,7 @@ class Program:
       start: the position of its first row.
       kinds: of fetched blocks, and up to how many of these each of them is.
       words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
+      offsets, stored: of the lists.
       block: the number of the n-th of them on its axis.
       slot: where it is.
       held: its blocks of rows, in shared memory.
@@ -65,6 +66,8 @@ class Program:
     start: jax.Array
     kinds: Sequence
     words: object
+    offsets: range | None
+    stored: Sequence
     block: Callable
     slot: Callable
     held: Sequence
@@ -134,18 +137,19 @@ def run(
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
     listed = [lists.order, *lists.counts]
     words = [] if lists.words is None else [lists.words]
-    inputs = [*held, *arrays, *extra, *listed, *words, *leaves]
+    inputs = [*held, *arrays, *extra, *listed, *words, *lists.stored, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
         parts = []
-        for n in map(len, (held, *fetched, extra, listed, words, leaves, results, direct)):
+        sizes = held, *fetched, extra, listed, words, lists.stored, leaves, results, direct
+        for n in map(len, sizes):
             parts.append(refs[:n])
             del refs[:n]
 
         def body(held_smem, spare_smem, fetched_smem, vectors, arrived, ready, used, passing):
             held_refs, *fetched_refs, extra_refs, list_refs, word_refs = parts[: len(fetched) + 4]
-            leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
+            stored_refs, leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
             wg = lax.axis_index("wg")
             order, *counts = list_refs
 
@@ -192,6 +196,8 @@ def run(
                     start,
                     [*zip(lists.kinds, ends)],
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
+                    lists.offsets,
+                    stored_refs,
                     lambda n: order[(*at, n)],
                     lambda n: blocks.slot(before + n),
                     mine,
