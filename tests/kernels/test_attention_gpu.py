@@ -9,7 +9,7 @@ import pytest
 from calls import CASES, HEADS, cases, inputs
 
 from attn_kernels import gpu
-from attn_kernels.attention import ScoreMod, attention, clipped_softmax
+from attn_kernels.attention import ScoreMod, attention, clipped_softmax, mosaic_gpu, operand
 from attn_kernels.attention.blocks import Blocks, table, using
 from attn_kernels.attention.definition import attend
 from attn_lab.catalogue import CATALOGUE, Sizes
@@ -104,8 +104,6 @@ def test_programs_that_fill_a_gpu(name, dim):
 
 @needs_new_jax
 def test_none_takes_the_kernel_for_what_it_serves(monkeypatch):
-    from attn_kernels.attention import mosaic_gpu
-
     served = []
     monkeypatch.setattr(gpu, "available", lambda: True)
     monkeypatch.setattr(mosaic_gpu, "attend", lambda tile: served.append(tile) or attend(tile))
@@ -231,3 +229,27 @@ def test_all_primitives_compile_for_an_h100(monkeypatch):
     few = Blocks(64, 64, 2)  # numbers for a thread: compilation takes as long as there are
     with using(outputs=few, row_slopes=few, column_slopes=few):
         compile_gradient(monkeypatch, {"score_mod": ScoreMod(everything)}, [shape] * 3)
+
+
+@needs_new_jax
+@pytest.mark.slow
+def test_tables_by_distance_compile_for_an_h100(monkeypatch):
+    """The kernel of outputs reads tiles of them, those of derivatives compute what they need."""
+
+    def looked_up(score, b, h, q, k, *table):
+        entry = table[0]
+        for n, value in enumerate(table[1:]):
+            entry = jnp.where(q - k >= 4 * n, value, entry)
+        return score + entry
+
+    @functools.wraps(mosaic_gpu.outputs)
+    def wrapped(*args):
+        stored.extend(args[-1].stored)
+        return outputs(*args)
+
+    stored, outputs = [], mosaic_gpu.outputs
+    monkeypatch.setattr(mosaic_gpu, "outputs", wrapped)
+    table = tuple(operand(jnp.full(HEADS, n / 8), "h") for n in range(8))
+    case = {"mask": calls.causal, "score_mod": ScoreMod(looked_up, table)}
+    compile_gradient(monkeypatch, case, [(1, 1024, HEADS, 128)] * 3)
+    assert len(stored) == 1

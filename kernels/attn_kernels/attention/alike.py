@@ -41,7 +41,7 @@ def comparisons(jaxpr, positions: Sequence[int]) -> list:
             continue
         same = most == KNOWN or name in SHAPES | SAME | {"neg"}
         same |= name in ("add", "sub") and (alone or most == SUM)
-        same |= name == "convert_element_type" and _exact(eqn)
+        same |= name == "convert_element_type" and exact(eqn)
         dtype, divided = eqn.outvars[0].aval.dtype, name == "div" and given[0] != KNOWN
         # A quotient of integers is rounded.
         same |= alone and (name == "mul" or (divided and jnp.issubdtype(dtype, jnp.floating)))
@@ -50,7 +50,7 @@ def comparisons(jaxpr, positions: Sequence[int]) -> list:
     return found
 
 
-def _exact(eqn) -> bool:
+def exact(eqn) -> bool:
     """Whether a conversion leaves positions, and sums of them, as they are."""
     before, after = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
     whole = jnp.issubdtype(before, jnp.integer)

@@ -245,14 +245,17 @@ def steps(function: Callable, args: Sequence[Any]) -> int:
       function, args: as of `obstacle`.
     """
 
-    def count(jaxpr):
-        found = 0
-        for eqn in jaxpr.eqns:
-            name, pairs = _name(eqn), eqn.outvars[0].aval.size == QUERIES * KEYS
-            found += count(_inner(eqn)[0]) if name in CALLS else pairs and name not in SHAPES | SAME
-        return found
+    return steps_of(jax.make_jaxpr(function)(*args).jaxpr.eqns)
 
-    return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+def steps_of(eqns) -> int:
+    """How many operations for every pair equations are."""
+    found = 0
+    for eqn in eqns:
+        name, pairs = _name(eqn), eqn.outvars[0].aval.size == QUERIES * KEYS
+        inner = name in CALLS
+        found += steps_of(_inner(eqn)[0].eqns) if inner else pairs and name not in SHAPES | SAME
+    return found
 
 
 def conditions(jaxpr) -> list:

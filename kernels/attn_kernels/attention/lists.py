@@ -1,13 +1,16 @@
 """Which tiles programs of GPUs visit, and what is known of them."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from attn_kernels.attention.mask import FULL, Mask
+from attn_kernels.attention.mask import FULL, PARTIAL, Mask
 from attn_kernels.attention.score_tile import Kind
+from attn_kernels.attention.toeplitz import tiles
 from attn_kernels.attention.traced import listed, tile_kinds
 from attn_kernels.attention.words import words, worth
 
@@ -29,12 +32,18 @@ class Lists:
       order, counts: from `listed`.
       kinds: of the tiles up to each of the counts.
       words: what the mask says of the last kind of tiles, if that is known (see `words`).
+      offsets: by how much the number of the first query exceeds that of the first key, of all tiles
+        that have no answers for their pairs, and others between; None if they are not known.
+      stored: what the modification computes in tiles of these offsets, in their order (see
+        `toeplitz`).
     """
 
     order: jax.Array
     counts: list[jax.Array]
     kinds: tuple[Kind, ...]
     words: jax.Array | None
+    offsets: range | None
+    stored: Sequence[jax.Array] = ()
 
     @property
     def short(self) -> bool:
@@ -55,19 +64,52 @@ class Lists:
           every: whether to visit empty tiles too.
         """
         kinds = tile_kinds(mask, problem.lengths, sizes, every)
-        marks, like = 0, []
+        marks, like, offsets = 0, [], None
         if not problem.parts.plain:
             known = not isinstance(kinds, jax.core.Tracer)
             full = np.asarray(kinds) == FULL if known else np.ones(kinds.shape, bool)
             marks, like = problem.parts.alike(leaves, problem.lengths, sizes, full)
+            if known:
+                some = (np.asarray(kinds) == PARTIAL) | (full & (marks == 0))
+                offsets = _offsets(some, sizes)
         order, *counts = listed(kinds, rows, marks, len(like))
         kinds = *(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)
         bits = None
         if mask is not None and not isinstance(order, jax.core.Tracer) and worth(mask):
             full, some = map(np.asarray, counts[-2:])
             shape = *order.shape[:3], int(np.max(some - full)), *sizes
-            if 0 < math.prod(shape) // 8 <= problem.most_words:
+            if 0 < math.prod(shape) // 8 <= problem.most_bytes:
                 given = dict(most=shape[3], lengths=problem.lengths, sizes=sizes, rows=rows)
                 mask, *_ = problem.parts.treedef.unflatten(leaves)
                 bits = words(mask, order, full, **given)
-        return cls(order, counts, kinds, bits)
+        return cls(order, counts, kinds, bits, offsets)
+
+    def storing(self, problem, sizes, batch, leaves):
+        """The same lists, with what is stored if it takes no more bytes than the queries.
+
+        Args:
+          problem, sizes: as of `of`, queries being the rows.
+          batch: B.
+          leaves: as kernels read them.
+        """
+        if self.offsets is None:
+            return self
+        lead, shift = (batch, problem.heads), problem.lengths[1] - problem.lengths[0]
+        given = dict(parts=problem.parts, lead=lead, shift=shift, offsets=self.offsets, sizes=sizes)
+        make = functools.partial(tiles, **given)
+        size = sum(x.size * x.dtype.itemsize for x in jax.eval_shape(make, leaves))
+        if not 0 < size <= problem.most_bytes:
+            return self
+        return dataclasses.replace(self, stored=make(leaves))
+
+
+def _offsets(some, sizes) -> range | None:
+    """The offsets of tiles, from the least to the greatest: see `Lists`.
+
+    Args:
+      some: bool `[B|1, H|1, T tiles, S tiles]`, the tiles.
+      sizes: how many queries and keys each of them has.
+    """
+    i, j = np.nonzero(some.any((0, 1)))
+    found = i * sizes[0] - j * sizes[1]
+    return range(int(found.min()), int(found.max()) + 1, math.gcd(*sizes)) if len(found) else None

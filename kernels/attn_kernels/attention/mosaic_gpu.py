@@ -53,7 +53,7 @@ class Problem:
       exact: whether derivatives of operands are sums in which the rounding of outputs would add up.
       pattern: the mask, if it is known then.
       pairs: which leaves have a number for every pair that is fetched with the blocks of columns.
-      most_words: bytes that what the mask says of tiles may take: as many as the queries.
+      most_bytes: that what is found of tiles before a kernel may take: as many as the queries.
       forward, rows, columns: the blocks of the three kernels.
     """
 
@@ -64,7 +64,7 @@ class Problem:
     exact: bool
     pattern: Known | None
     pairs: tuple[int, ...]
-    most_words: int
+    most_bytes: int
     forward: Blocks
     rows: Blocks
     columns: Blocks
@@ -413,6 +413,8 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
     if sink is not None:
         shape = *sink.shape[:2], problem.lengths[0]
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
+    sizes = problem.forward.held, problem.forward.columns
+    lists = lists.storing(problem, sizes, q.shape[0], laid)
     args = q, k, v, scale.reshape(1), first, laid, lists
     dims = [x.shape[3] for x in (k, v) if x is not None]
     blocks = problem.forward.in_turns("outputs", dims, len(problem.pairs)) if lists.short else None

@@ -51,6 +51,7 @@ class ScoreTile:
         self.n, self.program = n, program
         some = program.words is not None and not kind.whole
         self._count_words = blocks.columns // SIZE if some else 0
+        self._to_read = [] if kind.like else program.stored
         self.pairs = {m: x.at[self.slot, program.wg] for m, x in zip(problem.pairs, pairs)}
         self.shape = blocks.rows, blocks.columns
         self.axis = {"q": q_axis, "k": 1 - q_axis}
@@ -74,12 +75,12 @@ class ScoreTile:
     def load(self):
         """What a tile needs of memory, while products are computed: see `take`."""
         leaves = [self._leaf(n) for n in range(self.parts.of_mask, len(self.refs))]
-        return [*leaves, *(self._word(n) for n in range(self._count_words))]
+        words = [self._word(n) for n in range(self._count_words)]
+        return leaves, words, [self._stored(ref) for ref in self._to_read]
 
     def take(self, found):
-        leaves = found[: len(found) - self._count_words]
+        leaves, self.words, self.stored = found
         self.leaves = [*self._zeros(0, self.parts.of_mask), *leaves]
-        self.words = found[len(leaves) :]
 
     def _zeros(self, *numbers):
         """They stand for leaves that are not read."""
@@ -96,6 +97,13 @@ class ScoreTile:
         if axes:
             return self._vector(ref, axes, own)
         return ref[own]
+
+    def _stored(self, ref):
+        offsets, first = self.program.offsets, self.program.wg * self.shape[0]
+        offset = self.starts["q"] - first - self.starts["k"]
+        number = lax.div(offset - offsets.start, jnp.int32(offsets.step))
+        at = *lead(ref, self.b, self.h), number, pl.ds(first, self.shape[0])
+        return plgpu.load(ref.at[at], layout=WGMMA, optimized=False)
 
     def index(self, along: str):
         iota = plgpu.broadcasted_iota(jnp.int32, self.shape, self.axis[along], layout=WGMMA)
@@ -139,7 +147,7 @@ class ScoreTile:
 
     def value(self, scores):
         """The modified scores if softmax normalises, else the weights."""
-        return self.parts.value(scores, self.place, self.leaves, self.kind.like)
+        return self.parts.value(scores, self.place, self.leaves, self.kind.like, self.stored)
 
     def weights(self, products, scale, lse):
         """The weights of pairs.

@@ -20,6 +20,7 @@ from attn_kernels.attention.elementwise import KEYS, PAIRS, PLACE, QUERIES, over
 from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.normalizer import Normalizer, Softmax
 from attn_kernels.attention.tile import Tile
+from attn_kernels.attention.toeplitz import toeplitz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +60,18 @@ class Parts:
         args, shapes = (*place, *leaves), self._shapes()
         return self._evaluate(self._allowed, args, shapes, wanted=elementwise.conditions)
 
-    def value(self, scores, place, leaves, like=None) -> jax.Array:
+    def value(self, scores, place, leaves, like=None, stored=()) -> jax.Array:
         """The modified scores if softmax normalises, else the weights.
 
         Args:
           scores, place, leaves: arrays.
           like: positions of a query and a key, if comparisons of positions come out as of these.
+          stored: the variables of `toeplitz`, if they are at hand.
         """
         if self.plain:
             return scores
         args, shapes = (scores, *place, *leaves), (PAIRS, *self._shapes())
-        (value,) = self._evaluate(self._value, args, shapes, like=like)
+        (value,) = self._evaluate(self._value, args, shapes, like=like, stored=stored)
         return over(value, scores.shape)
 
     def slopes(
@@ -101,11 +103,13 @@ class Parts:
     def _summed(self, n, rows):
         return bool(rows) and set(self.axes[n]) <= set(rows)
 
-    def _evaluate(self, function, args, shapes, reduce=None, like=None, wanted=None):
+    def _evaluate(self, function, args, shapes, reduce=None, like=None, wanted=None, stored=()):
         def known(jaxpr, consts):
-            return answers(jaxpr, consts, self._positions(args), *map(np.int32, like))
+            if like:
+                return answers(jaxpr, consts, self._positions(args), *map(np.int32, like))
+            return dict(zip(self.toeplitz(jaxpr), stored, strict=True))
 
-        known = known if like else None
+        known = known if like or stored else None
         given = self.primitives, reduce, known, wanted
         return elementwise.evaluate(function, args, shapes, *given)
 
@@ -116,11 +120,22 @@ class Parts:
 
     def alike(self, leaves, lengths, blocks, full) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Tiles in which all comparisons of positions come out alike: see `alike.alike`."""
+        closed = self.closed(leaves)
+        positions = self._positions(closed.jaxpr.invars)
+        return alike(closed.jaxpr, closed.consts, positions, lengths, blocks, full)
+
+    def closed(self, leaves) -> jax.extend.core.ClosedJaxpr:
+        """The function that `value` evaluates, for leaves of these dtypes."""
         dtypes = [jnp.float32, *[jnp.int32] * len(PLACE), *(x.dtype for x in leaves)]
         shapes = PAIRS, *self._shapes()
         args = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
-        closed = jax.make_jaxpr(self._value)(*args)
-        return alike(closed.jaxpr, closed.consts, self._positions(args), lengths, blocks, full)
+        return jax.make_jaxpr(self._value)(*args)
+
+    def toeplitz(self, jaxpr) -> list:
+        """The variables of that function that tiles can be read of: see `toeplitz.toeplitz`."""
+        q, k = self._positions(jaxpr.invars)
+        known = [q - 2, q - 1, *(k + 1 + n for n, axes in enumerate(self.axes) if not axes)]
+        return toeplitz(jaxpr, (q, k), known)
 
     def obstacle(self, leaves) -> str | None:
         """Why the kernel cannot trace the functions, None if it can."""

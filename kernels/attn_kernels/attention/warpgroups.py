@@ -51,6 +51,7 @@ class Program:
       start: the position of its first row.
       kinds: of fetched blocks, and up to how many of these each of them is.
       words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
+      offsets, stored: of the lists.
       block: the number of the n-th of them on its axis.
       slot: where it is.
       held: its blocks of rows, in shared memory.
@@ -64,6 +65,8 @@ class Program:
     start: jax.Array
     kinds: Sequence
     words: object
+    offsets: range | None
+    stored: Sequence
     block: Callable
     slot: Callable
     held: Sequence
@@ -134,18 +137,19 @@ def run(
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
     listed = [lists.order, *lists.counts]
     words = [] if lists.words is None else [lists.words]
-    inputs = [*held, *arrays, *extra, *listed, *words, *leaves]
+    inputs = [*held, *arrays, *extra, *listed, *words, *lists.stored, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
         parts = []
-        for n in map(len, (held, *fetched, extra, listed, words, leaves, results, direct)):
+        sizes = held, *fetched, extra, listed, words, lists.stored, leaves, results, direct
+        for n in map(len, sizes):
             parts.append(refs[:n])
             del refs[:n]
 
         def body(held_smem, spare_smem, fetched_smem, vectors, arrived, left, ready, used, passing):
             held_refs, *fetched_refs, extra_refs, list_refs, word_refs = parts[: len(fetched) + 4]
-            leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
+            stored_refs, leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
             wg = lax.axis_index("wg")
             order, *counts = list_refs
 
@@ -190,7 +194,7 @@ def run(
 
             def compute_rows(at, turn, more, before, ends):
                 b, h, i = at
-                listed = (*lead(order, b, h), i)
+                row = (*lead(order, b, h), i)
                 start = i * blocks.held + wg * rows
                 mine = [x.at[buffer(turn, wg)] for x in held_smem]
                 plgpu.barrier_wait(arrived.at[buffer(turn, wg)])
@@ -208,7 +212,9 @@ def run(
                     start,
                     [*zip(lists.kinds, ends)],
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
-                    lambda n: order[(*listed, n)],
+                    lists.offsets,
+                    stored_refs,
+                    lambda n: order[(*row, n)],
                     lambda n: blocks.slot(before + n),
                     mine,
                     fetched_smem,
@@ -237,12 +243,12 @@ def run(
 
             def beginning(at):
                 b, h, i = at
-                listed = (*lead(order, b, h), i)
-                return lax.optimization_barrier((counts[-1][listed], order[(*listed, 0)]))
+                row = (*lead(order, b, h), i)
+                return lax.optimization_barrier((counts[-1][row], order[(*row, 0)]))
 
             def fetch_columns(at, turn, more, before, beginning):
                 b, h, i = at
-                listed = (*lead(order, b, h), i)
+                row = (*lead(order, b, h), i)
                 some, first = beginning
                 for w in range(groups):
 
@@ -280,7 +286,7 @@ def run(
                             place = (b, h, columns) if vector else (b, columns, head(ref, h))
                             plgpu.copy_gmem_to_smem(ref.at[place], smem.at[slot], barrier.at[slot])
                     # Which block is next is read before there is room for it.
-                    return order[(*listed, jnp.minimum(n + 1, order.shape[3] - 1))]
+                    return order[(*row, jnp.minimum(n + 1, order.shape[3] - 1))]
 
                 lax.fori_loop(0, some, fetch, first)
                 return some
