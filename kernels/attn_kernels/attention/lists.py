@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from attn_kernels.attention.mask import FULL, PARTIAL, Mask
+from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.score_tile import Kind
 from attn_kernels.attention.toeplitz import tiles
 from attn_kernels.attention.traced import listed, tile_kinds
 from attn_kernels.attention.words import words, worth
 
 SHORT = 16  # blocks of columns
+MOST = 2**22  # parts of tiles that are asked whether they are empty
+LANES = 64  # columns of which products are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +38,8 @@ class Lists:
         that have no answers for their pairs, and others between; None if they are not known.
       stored: what the modification computes in tiles of these offsets, in their order (see
         `toeplitz`).
+      halves: int32 `[B|1, H|1, rows, n, warpgroups]`, which half of the columns of a tile a
+        warpgroup has pairs in, -1 for both; None if that is not known, or is of no use.
     """
 
     order: jax.Array
@@ -44,6 +48,7 @@ class Lists:
     words: jax.Array | None
     offsets: range | None
     stored: Sequence[jax.Array] = ()
+    halves: np.ndarray | None = None
 
     @property
     def short(self) -> bool:
@@ -101,6 +106,33 @@ class Lists:
         if not 0 < size <= problem.most_bytes:
             return self
         return dataclasses.replace(self, stored=make(leaves))
+
+    def halved(self, mask, lengths, blocks):
+        """The same lists, with halves of tiles, queries being the rows.
+
+        Args:
+          mask: the pattern.
+          lengths: T and S.
+          blocks: of the kernel.
+        """
+        columns, groups = blocks.columns // 2, blocks.warpgroups
+        known = not isinstance(self.order, jax.core.Tracer)
+        parts = math.prod(lengths) // (blocks.rows * columns)
+        if mask is None or not known or columns % LANES or parts > MOST:
+            return self
+        kinds = np.asarray(tile_kinds(mask, lengths, (blocks.rows, columns))) > EMPTY
+        order = np.asarray(self.order)[..., None]
+        ends = order.shape[2] * groups, 2 * (int(order.max()) + 1)
+        kinds = np.pad(
+            kinds, [(0, 0), (0, 0), *((0, max(0, n - m)) for n, m in zip(ends, kinds.shape[2:]))]
+        )
+        kinds = kinds[:, :, : ends[0]].reshape(*kinds.shape[:2], -1, groups, kinds.shape[3])
+        first, second = (
+            np.take_along_axis(kinds.swapaxes(3, 4), 2 * order + n, 3) for n in range(2)
+        )
+        found = np.where(first & second, -1, second).astype(np.int32)
+        some = np.arange(order.shape[3]) < np.asarray(self.counts[-1])[..., None]
+        return dataclasses.replace(self, halves=found) if (found[some] >= 0).any() else self
 
 
 def _offsets(some, sizes) -> range | None:

@@ -94,7 +94,6 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
     Without v, of other weights the sum, and of softmax its two alone.
     """
-    shape = blocks.rows, blocks.columns
     batch = q.shape[0]
     extra = [scale] if sink is None else [scale, sink]
 
@@ -113,16 +112,24 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
         pl.when(program.wg == 1)(program.turn)
 
         def step(n, carry, kind):
+            whole = functools.partial(visit, n, kind, None)
+            if kind.whole or program.halves is None:
+                return whole(carry)
+            half = program.halves(n)
+            return lax.cond(half < 0, whole, functools.partial(visit, n, kind, half), carry)
+
+        def visit(n, kind, half, carry):
             out, top, total = carry
-            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0, kind)
-            slot = tile.slot
+            tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0, kind, half=half)
+            slot, shape = tile.slot, tile.shape
+            columns = pl.ds(tile.first, shape[1])
 
             def meanwhile():
                 leaves = tile.load()
                 program.turn()
                 return leaves
 
-            products, leaves = product(q_held, keys.at[slot].T, meanwhile)
+            products, leaves = product(q_held, keys.at[slot, columns].T, meanwhile)
             tile.take(leaves)
             plgpu.barrier_arrive(k_used.at[slot])
             if problem.parts.softmax:
@@ -155,7 +162,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             program.leave()
             plgpu.barrier_wait(v_ready[0].at[slot])
             program.enter()
-            out = plus_product(out, weights, values[0][0].at[slot], await_keys)
+            out = plus_product(out, weights, values[0][0].at[slot, columns], await_keys)
             plgpu.barrier_arrive(v_used[0].at[slot])
             return out, top, total
 
@@ -415,6 +422,8 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
     sizes = problem.forward.held, problem.forward.columns
     lists = lists.storing(problem, sizes, q.shape[0], laid)
+    if problem.pattern:
+        lists = lists.halved(problem.pattern.mask, problem.lengths, problem.forward)
     args = q, k, v, scale.reshape(1), first, laid, lists
     dims = [x.shape[3] for x in (k, v) if x is not None]
     blocks = problem.forward.in_turns("outputs", dims, len(problem.pairs)) if lists.short else None

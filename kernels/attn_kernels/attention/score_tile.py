@@ -42,21 +42,31 @@ class ScoreTile:
       q_axis: along which of its two axes queries are; programs have their rows along the first.
       kind: of the tile.
       moving: the leaves whose derivatives are wanted.
+      half: which half of its columns it is, None for the whole.
     """
 
-    def __init__(self, problem, blocks, program, n, refs, pairs, q_axis: int, kind, moving=()):
+    def __init__(
+        self, problem, blocks, program, n, refs, pairs, q_axis: int, kind, moving=(), half=None
+    ):
         self.problem, self.parts, self.refs = problem, problem.parts, refs
         self.kind, self.moving, self.rows = kind, moving, "qk"[q_axis]
         self.b, self.h, self.slot = program.b, program.h, program.slot(n)
         self.n, self.program = n, program
+        columns, half = (blocks.columns, 0) if half is None else (blocks.columns // 2, half)
+        self.shape, self.first, self._first_word = (
+            (blocks.rows, columns),
+            half * columns,
+            half * (columns // SIZE),
+        )
         some = program.words is not None and not kind.whole
-        self._count_words = blocks.columns // SIZE if some else 0
+        self._count_words = columns // SIZE if some else 0
         self._to_read = [] if kind.like else program.stored
-        self.pairs = {m: x.at[self.slot, program.wg] for m, x in zip(problem.pairs, pairs)}
-        self.shape = blocks.rows, blocks.columns
+        along = pl.ds(self.first, columns)
+        at = (slice(None), along)[:: -1 if q_axis else 1]
+        self.pairs = {m: x.at[self.slot, program.wg, *at] for m, x in zip(problem.pairs, pairs)}
         self.axis = {"q": q_axis, "k": 1 - q_axis}
         self.whole = (blocks.held, blocks.columns)[:: -1 if q_axis else 1]
-        starts = program.start, program.block(n) * blocks.columns
+        starts = program.start, program.block(n) * blocks.columns + self.first
         self.starts = {name: starts[axis] for name, axis in self.axis.items()}
 
     @property
@@ -100,9 +110,10 @@ class ScoreTile:
 
     def _stored(self, ref):
         offsets, first = self.program.offsets, self.program.wg * self.shape[0]
-        offset = self.starts["q"] - first - self.starts["k"]
+        offset = self.starts["q"] - first - (self.starts["k"] - self.first)
         number = lax.div(offset - offsets.start, jnp.int32(offsets.step))
-        at = *lead(ref, self.b, self.h), number, pl.ds(first, self.shape[0])
+        own = pl.ds(first, self.shape[0]), pl.ds(self.first, self.shape[1])
+        at = *lead(ref, self.b, self.h), number, *own
         return plgpu.load(ref.at[at], layout=WGMMA, optimized=False)
 
     def index(self, along: str):
@@ -131,7 +142,7 @@ class ScoreTile:
     def _word(self, number):
         first = self.program.kinds[-2][1]
         rows = pl.ds(self.program.wg * self.shape[0], self.shape[0])
-        ref = self.program.words.at[self.n - first, number, rows]
+        ref = self.program.words.at[self.n - first, self._first_word + number, rows]
         return plgpu.load(ref, layout=ROWS, optimized=False)
 
     def _bits(self):

@@ -52,6 +52,7 @@ class Program:
       kinds: of fetched blocks, and up to how many of these each of them is.
       words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
       offsets, stored: of the lists.
+      halves: which half of its blocks it needs, -1 for both, or None for both of all.
       block: the number of the n-th of them on its axis.
       slot: where it is.
       held: its blocks of rows, in shared memory.
@@ -67,6 +68,7 @@ class Program:
     words: object
     offsets: range | None
     stored: Sequence
+    halves: Callable | None
     block: Callable
     slot: Callable
     held: Sequence
@@ -136,20 +138,20 @@ def run(
     buffers = 1 if programs == total else 2
     arrays = [x.array if isinstance(x, Pairs) else x for x in itertools.chain(*fetched)]
     listed = [lists.order, *lists.counts]
-    words = [] if lists.words is None else [lists.words]
-    inputs = [*held, *arrays, *extra, *listed, *words, *lists.stored, *leaves]
+    words, halves = ([] if x is None else [x] for x in (lists.words, lists.halves))
+    inputs = [*held, *arrays, *extra, *listed, *words, *halves, *lists.stored, *leaves]
 
     def kernel(*refs):
         refs = list(refs)
         parts = []
-        sizes = held, *fetched, extra, listed, words, lists.stored, leaves, results, direct
-        for n in map(len, sizes):
+        known = listed, words, halves, lists.stored
+        for n in map(len, (held, *fetched, extra, *known, leaves, results, direct)):
             parts.append(refs[:n])
             del refs[:n]
 
         def body(held_smem, spare_smem, fetched_smem, vectors, arrived, left, ready, used, passing):
             held_refs, *fetched_refs, extra_refs, list_refs, word_refs = parts[: len(fetched) + 4]
-            stored_refs, leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
+            half_refs, stored_refs, leaf_refs, result_refs, direct_refs = parts[len(fetched) + 4 :]
             wg = lax.axis_index("wg")
             order, *counts = list_refs
 
@@ -214,6 +216,7 @@ def run(
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
                     lists.offsets,
                     stored_refs,
+                    (lambda n: half_refs[0][(*row, n, wg)]) if half_refs else None,
                     lambda n: order[(*row, n)],
                     lambda n: blocks.slot(before + n),
                     mine,
