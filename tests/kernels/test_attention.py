@@ -94,7 +94,7 @@ normalizers = {
 }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 99),
     q_len=st.integers(1, 17),

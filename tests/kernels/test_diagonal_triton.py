@@ -63,6 +63,7 @@ def test_half_precision(dtype):
     check(inputs("selective", dtype=dtype))
 
 
+@pytest.mark.slow
 def test_small_decays_do_not_drift():
     arrays = inputs("constant", 1000, 1, 4, 1)
     arrays["log_decay"] = jnp.array([[-1e-4, -1e-3, 0.0, -1.0]])

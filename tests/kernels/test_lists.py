@@ -4,8 +4,9 @@ import pytest
 
 from attn_kernels.attention import Mask, operand
 from attn_kernels.attention.blocks import Blocks
-from attn_kernels.attention.lists import Lists
+from attn_kernels.attention.lists import Lists, halves_of
 from attn_kernels.attention.traced import listed, tile_kinds
+from attn_kernels.attention.warpgroups import BOTH, NONE
 from attn_lab import ops
 
 ODD_HEADS = Mask(lambda b, h, q, k, start: k >= start, (operand(jnp.array([5, 200]), "h"),))
@@ -17,46 +18,41 @@ MASKS = {
 }
 
 
-def lists_of(mask, lengths, blocks):
-    order, *counts = listed(tile_kinds(mask, lengths, (blocks.held, blocks.columns)), "q")
-    return Lists(order, counts, (), None, None)
+def lists_of(mask, lengths, blocks, rows="q"):
+    sizes = (blocks.held, blocks.columns)[:: 1 if rows == "q" else -1]
+    order, *counts = listed(tile_kinds(mask, lengths, sizes), rows)
+    halves = halves_of(mask, lengths, blocks, rows, order, *counts)
+    return Lists(order, counts, (), None, halves, None)
 
 
-@pytest.mark.parametrize("lengths", [(320, 320), (270, 320)], ids=str)
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("rows", ["q", "k"])
 @pytest.mark.parametrize("name", MASKS)
-def test_halves_that_are_left_out_are_empty(name, lengths):
-    mask, blocks = MASKS[name], Blocks(64, 128, 2)
-    found = lists_of(mask, lengths, blocks)
-    halves = found.halved(mask, lengths, blocks).halves
+def test_halves_that_are_left_out_are_empty(name, rows, columns):
+    mask, blocks, lengths = MASKS[name], Blocks(64, columns, 2), (270, 320)
+    found = lists_of(mask, lengths, blocks, rows)
     dense = np.asarray(mask.dense(*lengths))
     dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
+    dense = dense if rows == "q" else dense.swapaxes(2, 3)
     dense = np.pad(dense, [(0, 0), (0, 0), (0, 128), (0, 128)])
-    order, some = np.asarray(found.order), np.asarray(found.counts[-1])
+    order, full, some = map(np.asarray, (found.order, *found.counts))
     seen = set()
-    for *place, n, wg in np.ndindex(halves.shape):
-        b, h, i = place
-        if n >= some[tuple(place)]:
+    for *place, n, wg in np.ndindex(found.halves.shape):
+        (b, h, i), at = place, full[tuple(place)] + n
+        if at >= some[tuple(place)]:
             continue
-        rows = slice(i * 128 + wg * 64, i * 128 + wg * 64 + 64)
-        met = [
-            dense[b, h, rows, first : first + 64].any()
-            for first in order[(*place, n)] * 128 + np.array([0, 64])
-        ]
-        half = halves[(*place, n, wg)]
-        seen.add(int(half))
-        if half < 0:
-            assert all(met)
-        else:
-            assert not met[1 - half]
-    assert -1 in seen and len(seen) > 1
+        own = slice(i * 128 + wg * 64, i * 128 + wg * 64 + 64)
+        tile = dense[b, h, own, order[(*place, at)] * columns :][:, :columns]
+        met = [x.any() for x in np.split(tile, columns // 64, 1)]
+        want = BOTH if all(met) else met.index(True) if any(met) else NONE
+        assert found.halves[(*place, n, wg)] == want
+        seen.add(want)
+    assert len(seen) > 1
 
 
-@pytest.mark.parametrize(
-    "right, blocks", [(0, Blocks(64, 64, 2)), (200, Blocks(64, 128, 2))], ids=["narrow", "needed"]
-)
-def test_halves_of_no_use_are_not_told_apart(right, blocks):
-    mask, lengths = ops.sliding_window_mask(-1, right), (256, 256)
-    assert lists_of(mask, lengths, blocks).halved(mask, lengths, blocks).halves is None
+def test_halves_of_no_use_are_not_told_apart():
+    mask = ops.sliding_window_mask(-1, 200)
+    assert lists_of(mask, (256, 256), Blocks(64, 128, 2)).halves is None
 
 
 def test_lists_of_few_tiles_are_short():

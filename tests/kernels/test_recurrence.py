@@ -86,7 +86,7 @@ def test_definition(x64, decay, write, form):
     close(call(arrays, form=form, chunk_size=4, sub_chunk_size=2), by_loop(**arrays))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=9, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     length=st.integers(1, 20),

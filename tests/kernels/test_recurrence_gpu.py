@@ -38,7 +38,7 @@ def test_error_budget_of_sizes(length, dim, width):
 
 
 @needs_new_jax
-@each_decay
+@pytest.mark.parametrize("decay", [pytest.param("none", marks=pytest.mark.slow), "head"])
 def test_long_sequences_are_cut_into_parts(monkeypatch, decay):
     from attn_kernels.recurrence import mosaic_gpu
 

@@ -27,7 +27,7 @@ def sizes(draw):
 
 
 @given(sizes(), st.integers(0, 2**31 - 1), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_structure(size, seed, random_fill):
     vocab, batch = 100, 7
     out = mqar(jax.random.key(seed), batch, **size, vocab=vocab, random_fill=random_fill)

@@ -12,11 +12,11 @@ from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.score_tile import Kind
 from attn_kernels.attention.toeplitz import tiles
 from attn_kernels.attention.traced import listed, tile_kinds
+from attn_kernels.attention.warpgroups import BOTH, LANES, NONE
 from attn_kernels.attention.words import words, worth
 
 SHORT = 16  # blocks of columns
 MOST = 2**22  # parts of tiles that are asked whether they are empty
-LANES = 64  # columns of which products are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,21 +34,22 @@ class Lists:
       order, counts: from `listed`.
       kinds: of the tiles up to each of the counts.
       words: what the mask says of the last kind of tiles, if that is known (see `words`).
+      halves: int32 `[B|1, H|1, rows, m, warpgroups]`, which half of the columns of the m-th tile of
+        the last kind a warpgroup has pairs in: 0, 1, `BOTH` or `NONE`, the latter two alone of 64
+        columns. None if that is not known, or `BOTH` of all.
       offsets: by how much the number of the first query exceeds that of the first key, of all tiles
         that have no answers for their pairs, and others between; None if they are not known.
       stored: what the modification computes in tiles of these offsets, in their order (see
         `toeplitz`).
-      halves: int32 `[B|1, H|1, rows, n, warpgroups]`, which half of the columns of a tile a
-        warpgroup has pairs in, -1 for both; None if that is not known, or is of no use.
     """
 
     order: jax.Array
     counts: list[jax.Array]
     kinds: tuple[Kind, ...]
     words: jax.Array | None
+    halves: np.ndarray | None
     offsets: range | None
     stored: Sequence[jax.Array] = ()
-    halves: np.ndarray | None = None
 
     @property
     def short(self) -> bool:
@@ -57,17 +58,18 @@ class Lists:
         return not isinstance(some, jax.core.Tracer) and bool(np.asarray(some).mean() <= SHORT)
 
     @classmethod
-    def of(cls, problem, mask, sizes, rows, leaves, every):
+    def of(cls, problem, mask, blocks, rows, leaves, every):
         """Those of a call.
 
         Args:
           problem: what is known of it.
           mask: the pattern as it was given.
-          sizes: how many queries and keys a tile has.
+          blocks: of the kernel.
           rows: "q" or "k", whose blocks are the rows.
           leaves: of mask, modification and normaliser.
           every: whether to visit empty tiles too.
         """
+        sizes = (blocks.held, blocks.columns)[:: 1 if rows == "q" else -1]
         kinds = tile_kinds(mask, problem.lengths, sizes, every)
         marks, like, offsets = 0, [], None
         if not problem.parts.plain:
@@ -79,15 +81,18 @@ class Lists:
                 offsets = _offsets(some, sizes)
         order, *counts = listed(kinds, rows, marks, len(like))
         kinds = *(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)
-        bits = None
-        if mask is not None and not isinstance(order, jax.core.Tracer) and worth(mask):
+        bits = halves = None
+        known = mask is not None and not isinstance(order, jax.core.Tracer)
+        if known and not every:
+            halves = halves_of(mask, problem.lengths, blocks, rows, order, *counts[-2:])
+        if known and worth(mask):
             full, some = map(np.asarray, counts[-2:])
             shape = *order.shape[:3], int(np.max(some - full)), *sizes
             if 0 < math.prod(shape) // 8 <= problem.most_bytes:
                 given = dict(most=shape[3], lengths=problem.lengths, sizes=sizes, rows=rows)
                 mask, *_ = problem.parts.treedef.unflatten(leaves)
                 bits = words(mask, order, full, **given)
-        return cls(order, counts, kinds, bits, offsets)
+        return cls(order, counts, kinds, bits, halves, offsets)
 
     def storing(self, problem, sizes, batch, leaves):
         """The same lists, with what is stored if it takes no more bytes than the queries.
@@ -107,32 +112,37 @@ class Lists:
             return self
         return dataclasses.replace(self, stored=make(leaves))
 
-    def halved(self, mask, lengths, blocks):
-        """The same lists, with halves of tiles, queries being the rows.
 
-        Args:
-          mask: the pattern.
-          lengths: T and S.
-          blocks: of the kernel.
-        """
-        columns, groups = blocks.columns // 2, blocks.warpgroups
-        known = not isinstance(self.order, jax.core.Tracer)
-        parts = math.prod(lengths) // (blocks.rows * columns)
-        if mask is None or not known or columns % LANES or parts > MOST:
-            return self
-        kinds = np.asarray(tile_kinds(mask, lengths, (blocks.rows, columns))) > EMPTY
-        order = np.asarray(self.order)[..., None]
-        ends = order.shape[2] * groups, 2 * (int(order.max()) + 1)
-        kinds = np.pad(
-            kinds, [(0, 0), (0, 0), *((0, max(0, n - m)) for n, m in zip(ends, kinds.shape[2:]))]
-        )
-        kinds = kinds[:, :, : ends[0]].reshape(*kinds.shape[:2], -1, groups, kinds.shape[3])
-        first, second = (
-            np.take_along_axis(kinds.swapaxes(3, 4), 2 * order + n, 3) for n in range(2)
-        )
-        found = np.where(first & second, -1, second).astype(np.int32)
-        some = np.arange(order.shape[3]) < np.asarray(self.counts[-1])[..., None]
-        return dataclasses.replace(self, halves=found) if (found[some] >= 0).any() else self
+def halves_of(mask, lengths, blocks, rows, order, first, end) -> np.ndarray | None:
+    """Which half of its columns of every tile a warpgroup has pairs in: see `Lists`.
+
+    Args:
+      mask: the pattern.
+      lengths: T and S.
+      blocks: of the kernel.
+      rows: "q" or "k", whose blocks are the rows.
+      order, first, end: from `listed`, the latter of the last kind of tiles.
+    """
+    columns = max(LANES, blocks.columns // 2)
+    count = blocks.columns // columns
+    order, first, end = map(np.asarray, (order, first, end))
+    most = np.arange(np.max(end - first))
+    if not len(most) or math.prod(lengths) // (blocks.rows * columns) > MOST:
+        return None
+    listed = first[..., None] + most
+    order = np.take_along_axis(order, np.minimum(listed, order.shape[3] - 1), 3)[..., None]
+    sizes = (blocks.rows, columns) if rows == "q" else (columns, blocks.rows)
+    met = np.asarray(tile_kinds(mask, lengths, sizes)) > EMPTY
+    met = met if rows == "q" else met.swapaxes(2, 3)
+    groups = blocks.warpgroups
+    whole = order.shape[2] * groups, count * (int(order.max()) + 1)
+    met = met[:, :, : whole[0], : whole[1]]
+    met = np.pad(met, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(whole, met.shape[2:]))])
+    met = met.reshape(*met.shape[:2], -1, groups, met.shape[3]).swapaxes(3, 4)
+    parts = np.stack([np.take_along_axis(met, count * order + n, 3) for n in range(count)])
+    found = np.where(parts.all(0), BOTH, np.where(parts.any(0), parts.argmax(0), NONE))
+    some = found[listed < end[..., None]] != BOTH
+    return found.astype(np.int32) if some.any() else None
 
 
 def _offsets(some, sizes) -> range | None:

@@ -23,6 +23,7 @@ from attn_kernels.attention.score_tile import LOG2E, ScoreTile
 from attn_kernels.attention.tile import Tile
 from attn_kernels.attention.traced import Parts, parts_of
 from attn_kernels.attention.warpgroups import (
+    BOTH,
     COLUMNS,
     LANES,
     STEPS,
@@ -113,10 +114,11 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         def step(n, carry, kind):
             whole = functools.partial(visit, n, kind, None)
-            if kind.whole or program.halves is None:
+            if kind.whole or program.halves is None or blocks.columns == LANES:
                 return whole(carry)
             half = program.halves(n)
-            return lax.cond(half < 0, whole, functools.partial(visit, n, kind, half), carry)
+            part = functools.partial(visit, n, kind, jnp.minimum(half, 1))
+            return lax.cond(half == BOTH, whole, part, carry)
 
         def visit(n, kind, half, carry):
             out, top, total = carry
@@ -209,6 +211,9 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
         (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
 
         def step(n, carry, kind):
+            return program.unless_empty(n, kind, functools.partial(visit, n, kind), carry)
+
+        def visit(n, kind, carry):
             dq, sums = carry
             tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 0, kind, moving)
             slot = tile.slot
@@ -284,6 +289,9 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
             numbers += more
 
         def step(n, carry, kind):
+            return program.unless_empty(n, kind, functools.partial(visit, n, kind), carry)
+
+        def visit(n, kind, carry):
             sums, columns = carry
             tile = ScoreTile(problem, blocks, program, n, leaf_refs, pairs, 1, kind, by_columns)
             slot = tile.slot
@@ -422,8 +430,6 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
     sizes = problem.forward.held, problem.forward.columns
     lists = lists.storing(problem, sizes, q.shape[0], laid)
-    if problem.pattern:
-        lists = lists.halved(problem.pattern.mask, problem.lengths, problem.forward)
     args = q, k, v, scale.reshape(1), first, laid, lists
     dims = [x.shape[3] for x in (k, v) if x is not None]
     blocks = problem.forward.in_turns("outputs", dims, len(problem.pairs)) if lists.short else None
@@ -452,7 +458,7 @@ def _prepared(problem, blocks, rows, leaves, every=False):
         exact = jnp.issubdtype(x.dtype, jnp.floating) and axes != "qk"
         return x.astype(jnp.float32) if exact else x
 
-    lists = Lists.of(problem, pattern.mask, sizes, rows, leaves, every)
+    lists = Lists.of(problem, pattern.mask, blocks, rows, leaves, every)
     fetched = [n in problem.pairs for n in range(len(leaves))]
     laid = [lay_out(*each) for each in zip(leaves, problem.parts.axes, fetched)]
     return laid, lists, whole["q"]

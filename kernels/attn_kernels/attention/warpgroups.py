@@ -21,6 +21,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 LANES = 64  # dimensions of a head are padded to a multiple
 STEPS = 8  # and lengths, for copies of blocks
+BOTH, NONE = -1, 2  # in place of the number of one half of a block
 # By computing warpgroups, the registers of theirs and of the one that fetches.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
 
@@ -52,7 +53,7 @@ class Program:
       kinds: of fetched blocks, and up to how many of these each of them is.
       words: those of its blocks of the last kind, `[n, columns / 32, held]`, or None.
       offsets, stored: of the lists.
-      halves: which half of its blocks it needs, -1 for both, or None for both of all.
+      halves: gives which half of a block it needs: see the lists. None if it needs all.
       block: the number of the n-th of them on its axis.
       slot: where it is.
       held: its blocks of rows, in shared memory.
@@ -94,6 +95,19 @@ class Program:
     def turn(self):
         self.leave()
         self.enter()
+
+    def unless_empty(self, n, kind, visit, carry):
+        """`visit(carry)`, but for a block in which the warpgroup has no pair."""
+        if kind.whole or self.halves is None:
+            return visit(carry)
+
+        def leave(carry):
+            for ready, used in zip(self.ready, self.used):
+                plgpu.barrier_wait(ready.at[self.slot(n)])
+                plgpu.barrier_arrive(used.at[self.slot(n)])
+            return carry
+
+        return lax.cond(self.halves(n) == NONE, leave, visit, carry)
 
     def loop(self, step, carry):
         """`step(n, carry, kind)` for all fetched blocks."""
@@ -216,7 +230,7 @@ def run(
                     word_refs[0].at[(*lead(word_refs[0], b, h), i)] if word_refs else None,
                     lists.offsets,
                     stored_refs,
-                    (lambda n: half_refs[0][(*row, n, wg)]) if half_refs else None,
+                    (lambda n: half_refs[0][(*row, n - ends[-2], wg)]) if half_refs else None,
                     lambda n: order[(*row, n)],
                     lambda n: blocks.slot(before + n),
                     mine,
