@@ -21,7 +21,7 @@ MASKS = {
 def lists_of(mask, lengths, blocks, rows="q"):
     sizes = (blocks.held, blocks.columns)[:: 1 if rows == "q" else -1]
     order, *counts = listed(tile_kinds(mask, lengths, sizes), rows)
-    halves = halves_of(mask, lengths, blocks, rows, order, *counts)
+    halves = halves_of(mask, lengths, blocks, rows, order, *map(np.asarray, counts))
     return Lists(order, counts, (), None, halves, None)
 
 

@@ -71,9 +71,9 @@ class Lists:
         """
         sizes = (blocks.held, blocks.columns)[:: 1 if rows == "q" else -1]
         kinds = tile_kinds(mask, problem.lengths, sizes, every)
+        known = not isinstance(kinds, jax.core.Tracer)
         marks, like, offsets = 0, [], None
         if not problem.parts.plain:
-            known = not isinstance(kinds, jax.core.Tracer)
             full = np.asarray(kinds) == FULL if known else np.ones(kinds.shape, bool)
             marks, like = problem.parts.alike(leaves, problem.lengths, sizes, full)
             if known:
@@ -82,16 +82,16 @@ class Lists:
         order, *counts = listed(kinds, rows, marks, len(like))
         kinds = *(Kind(True, x) for x in like[::-1]), Kind(True), Kind(False)
         bits = halves = None
-        known = mask is not None and not isinstance(order, jax.core.Tracer)
-        if known and not every:
-            halves = halves_of(mask, problem.lengths, blocks, rows, order, *counts[-2:])
-        if known and worth(mask):
-            full, some = map(np.asarray, counts[-2:])
-            shape = *order.shape[:3], int(np.max(some - full)), *sizes
-            if 0 < math.prod(shape) // 8 <= problem.most_bytes:
-                given = dict(most=shape[3], lengths=problem.lengths, sizes=sizes, rows=rows)
-                mask, *_ = problem.parts.treedef.unflatten(leaves)
-                bits = words(mask, order, full, **given)
+        if known and mask is not None:
+            first, end = map(np.asarray, counts[-2:])
+            most = int(np.max(end - first))
+            if not every:
+                halves = halves_of(mask, problem.lengths, blocks, rows, order, first, end)
+            size = math.prod((*order.shape[:3], most, *sizes)) // 8
+            if worth(mask) and 0 < size <= problem.most_bytes:
+                pattern, *_ = problem.parts.treedef.unflatten(leaves)
+                given = dict(most=most, lengths=problem.lengths, sizes=sizes, rows=rows)
+                bits = words(pattern, order, first, **given)
         return cls(order, counts, kinds, bits, halves, offsets)
 
     def storing(self, problem, sizes, batch, leaves):
@@ -125,8 +125,7 @@ def halves_of(mask, lengths, blocks, rows, order, first, end) -> np.ndarray | No
     """
     columns = max(LANES, blocks.columns // 2)
     count = blocks.columns // columns
-    order, first, end = map(np.asarray, (order, first, end))
-    most = np.arange(np.max(end - first))
+    order, most = np.asarray(order), np.arange(np.max(end - first))
     if not len(most) or math.prod(lengths) // (blocks.rows * columns) > MOST:
         return None
     listed = first[..., None] + most

@@ -53,11 +53,8 @@ class ScoreTile:
         self.b, self.h, self.slot = program.b, program.h, program.slot(n)
         self.n, self.program = n, program
         columns, half = (blocks.columns, 0) if half is None else (blocks.columns // 2, half)
-        self.shape, self.first, self._first_word = (
-            (blocks.rows, columns),
-            half * columns,
-            half * (columns // SIZE),
-        )
+        self.shape = blocks.rows, columns
+        self.first, self._first_word = half * columns, half * (columns // SIZE)
         some = program.words is not None and not kind.whole
         self._count_words = columns // SIZE if some else 0
         self._to_read = [] if kind.like else program.stored

@@ -203,14 +203,15 @@ def run(
             def head(ref, h):
                 return lax.div(h, jnp.int32(problem.heads // ref.shape[2]))
 
+            def listed_at(b, h, i):
+                return (*lead(order, b, h), i)
+
             def ends(at):
-                b, h, i = at
                 # They arrive together, not one by one where each is needed.
-                return lax.optimization_barrier([x[(*lead(order, b, h), i)] for x in counts])
+                return lax.optimization_barrier([x[listed_at(*at)] for x in counts])
 
             def compute_rows(at, turn, more, before, ends):
-                b, h, i = at
-                row = (*lead(order, b, h), i)
+                (b, h, i), row = at, listed_at(*at)
                 start = i * blocks.held + wg * rows
                 mine = [x.at[buffer(turn, wg)] for x in held_smem]
                 plgpu.barrier_wait(arrived.at[buffer(turn, wg)])
@@ -237,7 +238,7 @@ def run(
                     fetched_smem,
                     ready,
                     used,
-                    passing if blocks.warpgroups == 2 else None,
+                    passing if groups == 2 else None,
                 )
                 found = compute(program, extra_refs, leaf_refs, direct_refs)
                 free = [*mine, *(x.at[wg] for x in spare_smem)]
@@ -259,13 +260,11 @@ def run(
                 return ends[-1]
 
             def beginning(at):
-                b, h, i = at
-                row = (*lead(order, b, h), i)
+                row = listed_at(*at)
                 return lax.optimization_barrier((counts[-1][row], order[(*row, 0)]))
 
             def fetch_columns(at, turn, more, before, beginning):
-                b, h, i = at
-                row = (*lead(order, b, h), i)
+                (b, h, i), row = at, listed_at(*at)
                 some, first = beginning
                 for w in range(groups):
 
@@ -291,7 +290,7 @@ def run(
 
                         for x, ref, smem in zip(part, refs, smems):
                             if isinstance(x, Pairs):
-                                for w in range(blocks.warpgroups):
+                                for w in range(groups):
                                     mine = pl.ds(i * blocks.held + w * rows, rows)
                                     plgpu.copy_gmem_to_smem(
                                         ref.at[(*lead(ref, b, h), *x.in_order(mine, columns))],
@@ -308,15 +307,15 @@ def run(
                 lax.fori_loop(0, some, fetch, first)
                 return some
 
-            @pl.when(wg < blocks.warpgroups)
+            @pl.when(wg < groups)
             def _():
-                registers(REGISTERS[blocks.warpgroups][0], "increase")
+                registers(REGISTERS[groups][0], "increase")
                 each(ends, compute_rows)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            @pl.when(wg == blocks.warpgroups)
+            @pl.when(wg == groups)
             def _():
-                registers(REGISTERS[blocks.warpgroups][1], "decrease")
+                registers(REGISTERS[groups][1], "decrease")
                 all_of_them = each(beginning, fetch_columns)
 
                 @pl.loop(jnp.maximum(all_of_them - slots, 0), all_of_them)
@@ -356,7 +355,7 @@ def run(
         out_type=[*results, *direct],
         grid=(programs,),
         grid_names=("programs",),
-        num_threads=blocks.warpgroups + 1,
+        num_threads=groups + 1,
         thread_name="wg",
         # Rows are reduced within warps, which need no memory for it.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
