@@ -59,3 +59,10 @@ def test_lists_of_few_tiles_are_short():
     blocks, lengths = Blocks(64, 128, 2), (5120, 5120)
     for mask, short in (ops.sliding_window_mask(300, 0), True), (ops.causal_mask(), False):
         assert lists_of(mask, lengths, blocks).short == short
+
+
+def test_programs_take_turns_where_there_are_many_and_room():
+    blocks, dims = Blocks(64, 128, 2), (128, 128)
+    assert blocks.in_turns(8 * 132, "outputs", dims, 0).programs == 132
+    assert blocks.in_turns(7 * 132, "outputs", dims, 0) is blocks
+    assert blocks.in_turns(8 * 132, "outputs", (256, 256), 0) is blocks

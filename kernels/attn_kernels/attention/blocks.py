@@ -24,6 +24,7 @@ KERNELS = ("outputs", "row_slopes", "column_slopes")
 KINDS = ("plain", "modified", "weights")
 SHARED_BYTES = 232_448  # of a program on Hopper,
 RESERVED = 3072  # of which vectors and barriers take
+TURNS = 8  # of programs that are as many as multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,15 @@ class Blocks:
         numbers = held * self.held + self.slots * self.columns * fetched
         return 2 * numbers <= SHARED_BYTES - RESERVED
 
-    def in_turns(self, *given) -> "Blocks | None":
-        """The same for a program on every multiprocessor, if that `fits`."""
+    def in_turns(self, count: int, *given) -> "Blocks":
+        """The same for a program on every multiprocessor, if that `fits`.
+
+        Args:
+          count: of blocks of rows; few of them are better divided as programs end.
+          given: the arguments of `fits`.
+        """
         blocks = dataclasses.replace(self, programs=self.programs or MULTIPROCESSORS)
-        return blocks if blocks.fits(*given) else None
+        return blocks if count >= TURNS * MULTIPROCESSORS and blocks.fits(*given) else self
 
     def slot(self, n):
         """Where the n-th fetched block is."""

@@ -431,9 +431,11 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
     sizes = problem.forward.held, problem.forward.columns
     lists = lists.storing(problem, sizes, q.shape[0], laid)
     args = q, k, v, scale.reshape(1), first, laid, lists
-    dims = [x.shape[3] for x in (k, v) if x is not None]
-    blocks = problem.forward.in_turns("outputs", dims, len(problem.pairs)) if lists.short else None
-    found = outputs(problem, blocks or problem.forward, *args)
+    blocks, dims = problem.forward, [x.shape[3] for x in (k, v) if x is not None]
+    if lists.short:
+        count = q.shape[0] * problem.heads * lists.order.shape[2]
+        blocks = blocks.in_turns(count, "outputs", dims, len(problem.pairs))
+    found = outputs(problem, blocks, *args)
     stats = tuple(x[:, :, : problem.lengths[0]] for x in found if x.ndim == 3)
     out, *rest = [x[:, : q.shape[1]] for x in found if x.ndim == 4] or [None]
     if v is None:
