@@ -12,7 +12,7 @@ from attn_kernels.attention.mask import EMPTY, FULL, PARTIAL, Mask
 from attn_kernels.attention.score_tile import Kind
 from attn_kernels.attention.toeplitz import tiles
 from attn_kernels.attention.traced import listed, tile_kinds
-from attn_kernels.attention.warpgroups import BOTH, LANES, NONE
+from attn_kernels.attention.warpgroups import BOTH, LEAST, NONE
 from attn_kernels.attention.words import words, worth
 
 SHORT = 16  # blocks of columns
@@ -94,17 +94,18 @@ class Lists:
                 bits = words(pattern, order, first, **given)
         return cls(order, counts, kinds, bits, halves, offsets)
 
-    def storing(self, problem, sizes, batch, leaves):
-        """The same lists, with what is stored if it takes no more bytes than the queries.
+    def storing(self, problem, batch, leaves):
+        """The same lists of the forward kernel, with what is stored if that is small enough.
 
         Args:
-          problem, sizes: as of `of`, queries being the rows.
+          problem: as of `of`.
           batch: B.
           leaves: as kernels read them.
         """
         if self.offsets is None:
             return self
         lead, shift = (batch, problem.heads), problem.lengths[1] - problem.lengths[0]
+        sizes = problem.forward.held, problem.forward.columns
         given = dict(parts=problem.parts, lead=lead, shift=shift, offsets=self.offsets, sizes=sizes)
         make = functools.partial(tiles, **given)
         size = sum(x.size * x.dtype.itemsize for x in jax.eval_shape(make, leaves))
@@ -123,7 +124,7 @@ def halves_of(mask, lengths, blocks, rows, order, first, end) -> np.ndarray | No
       rows: "q" or "k", whose blocks are the rows.
       order, first, end: from `listed`, the latter of the last kind of tiles.
     """
-    columns = max(LANES, blocks.columns // 2)
+    columns = max(LEAST, blocks.columns // 2)
     count = blocks.columns // columns
     order, most = np.asarray(order), np.arange(np.max(end - first))
     if not len(most) or math.prod(lengths) // (blocks.rows * columns) > MOST:

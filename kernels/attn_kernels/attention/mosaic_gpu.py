@@ -26,6 +26,7 @@ from attn_kernels.attention.warpgroups import (
     BOTH,
     COLUMNS,
     LANES,
+    LEAST,
     STEPS,
     Pairs,
     along_rows,
@@ -114,7 +115,7 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
 
         def step(n, carry, kind):
             whole = functools.partial(visit, n, kind, None)
-            if kind.whole or program.halves is None or blocks.columns == LANES:
+            if kind.whole or program.halves is None or blocks.columns == LEAST:
                 return whole(carry)
             half = program.halves(n)
             part = functools.partial(visit, n, kind, jnp.minimum(half, 1))
@@ -428,8 +429,7 @@ def _outputs(problem, q, k, v, scale, sink, leaves):
     if sink is not None:
         shape = *sink.shape[:2], problem.lengths[0]
         first = _to(whole, jnp.broadcast_to(sink[..., 0], shape).astype(jnp.float32))
-    sizes = problem.forward.held, problem.forward.columns
-    lists = lists.storing(problem, sizes, q.shape[0], laid)
+    lists = lists.storing(problem, q.shape[0], laid)
     args = q, k, v, scale.reshape(1), first, laid, lists
     blocks, dims = problem.forward, [x.shape[3] for x in (k, v) if x is not None]
     if lists.short:

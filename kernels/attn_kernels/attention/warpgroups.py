@@ -21,6 +21,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 LANES = 64  # dimensions of a head are padded to a multiple
 STEPS = 8  # and lengths, for copies of blocks
+LEAST = 64  # columns that a warpgroup takes or passes over
 BOTH, NONE = -1, 2  # in place of the number of one half of a block
 # By computing warpgroups, the registers of theirs and of the one that fetches.
 REGISTERS = {2: (232, 40), 3: (160, 32)}

@@ -298,8 +298,7 @@ def outputs(problem, q, k, v, gates, state, keep: bool):
         jax.ShapeDtypeStruct((*lead, channels, channels), jnp.float32),
         jax.ShapeDtypeStruct((*lead, count, channels, channels), v.dtype),
     ]
-    programs = problem.heads * widths
-    return call(problem, kernel, shapes[: 2 + keep], programs, q, k, v, gates, state)
+    return call(problem, kernel, shapes[: 2 + keep], q, k, v, gates, state)
 
 
 def deliver(smem, place, x, add):
@@ -494,8 +493,7 @@ def slopes(problem, q, k, v, gates, states, d_out, d_last):
         jax.ShapeDtypeStruct(d_last.shape, jnp.float32),
         jax.ShapeDtypeStruct((batch, problem.programs, tiles, SUMS, length), jnp.float32),
     ]
-    programs = problem.programs
-    return call(problem, kernel, shapes, programs, q, k, v, d_out, gates, states, d_last)
+    return call(problem, kernel, shapes, q, k, v, d_out, gates, states, d_last)
 
 
 def fetch(problem, ref, smem, slot, kind, b, n, program, barrier):
@@ -520,11 +518,13 @@ def drain(used, count, slots):
         plgpu.barrier_wait(used.at[lax.rem(n, slots)])
 
 
-def call(problem, kernel, shapes, programs, *args):
+def call(problem, kernel, shapes, *args):
+    """Runs a kernel, a program for every head and block of channels of its first result."""
+    batch, _, programs, _ = shapes[0].shape
     return plgpu.kernel(
         kernel,
         out_type=shapes,
-        grid=(programs, args[0].shape[0]),
+        grid=(programs, batch),
         grid_names=("programs", "batch"),
         num_threads=problem.tiles + 1,
         thread_name="wg",
