@@ -47,20 +47,6 @@ def test_error_budget_of_sizes(length, dim, width):
 
 
 @needs_new_jax
-@pytest.mark.parametrize("decay", [pytest.param("none", marks=pytest.mark.slow), "head"])
-def test_long_sequences_are_cut_into_parts(monkeypatch, decay):
-    from attn_kernels.recurrence import mosaic_gpu
-
-    monkeypatch.setattr(mosaic_gpu, "SHORTEST", 64)
-    monkeypatch.setattr(mosaic_gpu, "PLACES", 4 * 4)
-    given = inputs(decay, 256)
-    arrays = {n: jnp.concatenate([x, x[:, ::-1]]) for n, x in given.items()}
-    problem = mosaic_gpu.Problem(2, 1, 1, 64, 1.0, decay == "head")
-    assert mosaic_gpu._parts(problem, arrays["q"], jnp.zeros((2, 2, 256))) == 4
-    check(arrays)
-
-
-@needs_new_jax
 @pytest.mark.parametrize("decay", ["none", pytest.param("head", marks=pytest.mark.slow)])
 def test_segments(decay):
     ids = jnp.asarray([[-1] * 2 + [3] * 9 + [1] + [2] * 70 + [-1] + [0] * 8])

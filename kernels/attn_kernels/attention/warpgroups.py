@@ -180,8 +180,9 @@ def run(
                 count = divide(total - 1 - first, programs)[0] + 1
 
                 def place(turn):
-                    n, h = divide(first + turn * programs, heads)
-                    b, i = divide(n, tiles)
+                    # Programs that run at once read the same keys: those of few heads.
+                    n, b = divide(first + turn * programs, batch)
+                    h, i = divide(n, tiles)
                     # Late queries of causal masks meet the most keys, and early keys the most
                     # queries: the longest blocks of rows go first.
                     return b, h, tiles - 1 - i if last_first else i

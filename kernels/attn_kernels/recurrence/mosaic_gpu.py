@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 
 from attn_kernels import gpu
-from attn_kernels.recurrence.decay import FORGOTTEN, decayed, matmul
+from attn_kernels.recurrence.decay import FORGOTTEN, matmul
 from attn_kernels.varying import varying
 
 WGMMA = plgpu.Layout.WGMMA
@@ -37,8 +37,6 @@ STEP = 1 / 8  # of the coarse part of sums of gates, which is exact
 # Vectors of a chunk: coarse and fine sums, exp(b), exp(b_C - b), and the sums again, as a load can
 # have one layout.
 GATES = 6
-PLACES = gpu.MULTIPROCESSORS  # of programs on a device
-SHORTEST = 1024  # steps of a part of a sequence
 SUMS = 4  # vectors that gradients of gates are made of
 
 
@@ -575,33 +573,16 @@ def _run(problem, q, k, v, log_decay, state):
 
 
 def _run_fwd(problem, q, k, v, log_decay, state, keep=True):
-    gates, parts = _gates(log_decay), _parts(problem, q, log_decay)
-    gates = _cut(gates, parts, 3) if problem.gated else gates[..., : gates.shape[3] // parts]
-    arrays = *(_cut(x, parts, 1) for x in (q, k, v)), gates
-    last = None
-    if parts > 1:
-        _, written = outputs(problem, *arrays, _nothing(state, parts), keep=False)
-        state, last = _chained(problem, log_decay, parts, written, state)
-    out, ends, *states = outputs(problem, *arrays, state, keep)
-    out = out.reshape(q.shape[0], -1, *out.shape[2:])
-    last = ends if last is None else last
-    return (out, last), (q, k, v, log_decay, arrays, states)
+    gates = _gates(log_decay)
+    out, last, *states = outputs(problem, q, k, v, gates, state, keep)
+    return (out, last), (q, k, v, log_decay, gates, states)
 
 
 def _run_bwd(problem, saved, cotangents):
-    q, k, v, log_decay, arrays, states = saved
+    q, k, v, log_decay, gates, states = saved
     d_out, d_last = cotangents
     batch = d_out.shape[0]
-    parts, d_first = _parts(problem, q, log_decay), None
-    d_out = _cut(d_out, parts, 1)
-    if parts > 1:
-        *_, read, _ = slopes(problem, *arrays, *states, d_out, _nothing(d_last, parts))
-        d_last, d_first = _chained(problem, log_decay, parts, read, d_last, reverse=True)
-    dq, dk, dv, ends, sums = slopes(problem, *arrays, *states, d_out, d_last)
-    dq, dk, dv = (x.reshape(batch, -1, *x.shape[2:]) for x in (dq, dk, dv))
-    d_first = ends if d_first is None else d_first
-    sums = jnp.moveaxis(sums.reshape(batch, parts, *sums.shape[1:]), 1, 4)
-    sums = sums.reshape(*sums.shape[:4], -1)
+    dq, dk, dv, d_first, sums = slopes(problem, q, k, v, gates, *states, d_out, d_last)
 
     def collected(x, like, kind):
         """The sum over programs that read the same."""
@@ -623,47 +604,6 @@ def _run_bwd(problem, saved, cotangents):
 
 
 _run.defvjp(_run_fwd, _run_bwd)
-
-
-def _parts(problem, q, log_decay) -> int:
-    """Into how many parts sequences are cut, for as many programs as the device has places."""
-    parts, places = 1, PLACES // (q.shape[0] * problem.programs)
-    whole = q.shape[1] == log_decay.shape[2]
-    while whole and 2 * parts <= places and q.shape[1] % (2 * parts * SHORTEST) == 0:
-        parts *= 2
-    return parts
-
-
-def _cut(x, parts, axis):
-    """Parts of sequences, beside each other on the first axis."""
-    if parts == 1:
-        return x
-    x = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 1).reshape(-1, *x.shape[1:axis], *x.shape[axis + 1 :])
-
-
-def _nothing(state, parts):
-    return varying(jnp.zeros((parts * state.shape[0], *state.shape[1:]), state.dtype), state)
-
-
-def _chained(problem, log_decay, parts, written, state, reverse=False):
-    """The states before all parts, from what parts write alone, and the state after the last.
-
-    In reverse, cotangents of states: behind all parts, and before the first.
-    """
-    batch = state.shape[0]
-    sums = jnp.maximum(log_decay, FORGOTTEN).reshape(*log_decay.shape[:2], parts, -1).sum(3)
-    sums = jnp.repeat(sums, problem.programs // sums.shape[1], 1)
-    sums = jnp.moveaxis(sums, 2, 0)[..., None]
-    written = jnp.moveaxis(written.reshape(batch, parts, *written.shape[1:]), 1, 0)
-
-    def body(state, part):
-        change, written = part
-        return decayed(state, change) + written, state
-
-    # A loop waits for the host at every turn.
-    last, before = lax.scan(body, state, (sums, written), reverse=reverse, unroll=parts)
-    return jnp.moveaxis(before, 0, 1).reshape(-1, *state.shape[1:]), last
 
 
 def _sums(*terms):
