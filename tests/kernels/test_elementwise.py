@@ -35,6 +35,23 @@ def test_a_function_of_a_tile_is_that_of_its_numbers():
     np.testing.assert_allclose(turned.T, got, rtol=1e-6)
 
 
+def test_differences_of_positions_are_converted_by_row_and_column():
+    """As every number of them in between: they are exact."""
+    q, k = (2**24 - 7 * jnp.arange(n, dtype=jnp.int32) for n in (4, 5))
+
+    def decay(q, k):
+        return (q - k).astype(jnp.float32) * 0.25 + (k - q)
+
+    def run(q, k):
+        return evaluate(decay, (q, k), ((QUERIES, 1), (KEYS,)), positions=(0, 1))[0]
+
+    q = q[:, None]
+    np.testing.assert_array_equal(run(q, k[None]), decay(q, k))
+    eqns = jax.make_jaxpr(run)(q, k[None]).eqns
+    converted = [e.outvars[0].aval.size for e in eqns if e.primitive.name == "convert_element_type"]
+    assert sorted(converted) == [4, 4, 5, 5]
+
+
 def test_axes_may_be_moved_and_brought_back():
     scores, _, column = tile()
 

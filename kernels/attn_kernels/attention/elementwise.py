@@ -176,6 +176,7 @@ def evaluate(
     reduce: Callable | None = None,
     known: Callable | None = None,
     wanted: Callable | None = None,
+    positions: Sequence[int] = (),
 ) -> list[jax.Array]:
     """`function(*args)` for arrays of a kernel's own; the results as a list.
 
@@ -187,12 +188,14 @@ def evaluate(
       reduce: sums pairs to a vector, where the function has a sum over columns.
       known: gives, of the function's jaxpr and constants, variables whose values are known.
       wanted: gives, of its jaxpr, what is returned in place of the results.
+      positions: which of the arguments are whole numbers that float32 has.
     """
     given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
     closed = jax.make_jaxpr(function)(*given)
     known = known(closed.jaxpr, closed.consts) if known else None
     wanted = wanted(closed.jaxpr) if wanted else None
-    options = dict(known=known, wanted=wanted, reduce=reduce, aligned=_by_rows)
+    positions = [closed.jaxpr.invars[n] for n in positions]
+    options = dict(known=known, wanted=wanted, reduce=reduce, aligned=_by_rows, positions=positions)
     return run(closed.jaxpr, closed.consts, args, primitives, **options)
 
 
@@ -206,11 +209,13 @@ def run(
     wanted=None,
     reduce=None,
     aligned=jnp.broadcast_arrays,
+    positions=(),
 ):
     """The wanted variables of a jaxpr, by default its results, of its arguments and known ones.
 
-    What broadcasts is `aligned`; `reduce` is that of `evaluate`.
+    What broadcasts is `aligned`; `reduce` is that of `evaluate`, `positions` are such variables.
     """
+    positions, differences = {*positions}, {}
     consts = [jnp.reshape(jnp.asarray(x), ()) for x in consts]
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])) | (known or {})
     wanted = jaxpr.outvars if wanted is None else wanted
@@ -228,14 +233,26 @@ def run(
             out = [given[1 + int(given[0])]]
         elif name in SHAPES or name in SAME:
             out = given[:1]
+            if _among(eqn.invars, positions):
+                positions.update(eqn.outvars)
+        elif eqn.params.get("new_dtype") == jnp.float32 and _among(eqn.invars, differences):
+            # Rows and columns are converted, which are fewer than pairs.
+            terms = [x.astype(jnp.float32) for x in differences[eqn.invars[0]]]
+            out = [jax.lax.sub(*aligned(*terms))]
         elif name in REWRITTEN and name not in primitives:
             closed = _rewritten(eqn)
             out = run(closed.jaxpr, closed.consts, given, primitives, aligned=aligned)
         else:
+            if name == "sub" and _among(eqn.invars, positions):
+                differences[eqn.outvars[0]] = given
             given = aligned(*given) if any(map(jnp.ndim, given)) else given
             out = [eqn.primitive.bind(*given, **eqn.params)]
         known.update(zip(eqn.outvars, out))
     return [read(atom) for atom in wanted]
+
+
+def _among(atoms, variables):
+    return all(not isinstance(x, Literal) and x in variables for x in atoms)
 
 
 def steps(function: Callable, args: Sequence[Any]) -> int:

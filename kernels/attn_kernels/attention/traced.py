@@ -110,7 +110,7 @@ class Parts:
             return dict(zip(self.toeplitz(jaxpr), stored, strict=True))
 
         known = known if like or stored else None
-        given = self.primitives, reduce, known, wanted
+        given = self.primitives, reduce, known, wanted, self._positions(args)
         return elementwise.evaluate(function, args, shapes, *given)
 
     def _positions(self, args):

@@ -25,7 +25,7 @@ SHORTEST = 1024  # steps of a part
 def number(length: int, state) -> int:
     """Into how many parts sequences are cut."""
     batch, heads, dim, width = state.shape
-    block, warps, _ = walk.BLOCKS[padded(dim)]
+    block, warps, *_ = walk.BLOCKS[padded(dim)]
     return dividing(length, batch * heads * -(-width // block), warps)
 
 

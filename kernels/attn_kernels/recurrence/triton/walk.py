@@ -31,18 +31,19 @@ from attn_kernels.recurrence.triton.tiles import (
     vector,
 )
 
-# Of a program, by the channels of keys: channels of values, warps, and chunks being loaded.
+# Of a program, by the channels of keys: channels of values, warps, and chunks being loaded, in
+# `walk` and in `walk_back`.
 BLOCKS = {
-    16: (64, 4, 2),
-    32: (64, 4, 2),
-    64: (64, 4, 2),
-    128: (64, 4, 2),
-    256: (32, 4, 1),
-    512: (16, 8, 1),
+    16: (64, 4, 2, 2),
+    32: (64, 4, 2, 2),
+    64: (64, 4, 2, 2),
+    128: (64, 4, 2, 2),
+    256: (64, 4, 1, 2),
+    512: (16, 8, 1, 1),
 }
 # Up to so many channels of keys, states are transposed: products then take them from registers,
 # where a program of few warps has no place for more.
-FLIPPED = 128
+FLIPPED = 256
 
 
 def walk(
@@ -85,7 +86,7 @@ def walk(
     batch, heads, dim, width = state.shape
     length = k.shape[1]
     count = -(-length // SIZE)
-    block, warps, stages = BLOCKS[padded(dim)]
+    block, warps, stages, _ = BLOCKS[padded(dim)]
     block = min(block, padded(width))
     steps = jax.ShapeDtypeStruct((batch, length, heads, width), k.dtype)
     states = jax.ShapeDtypeStruct((batch, count, heads, dim, width), k.dtype)
@@ -143,7 +144,7 @@ def walk_back(
     batch, heads, dim, width = d_last.shape
     length = k.shape[1]
     count = -(-length // SIZE)
-    block, warps, stages = BLOCKS[padded(dim)]
+    block, warps, _, stages = BLOCKS[padded(dim)]
     block = min(block, padded(width))
     dtype = jnp.float32 if shared else k.dtype
     steps = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
