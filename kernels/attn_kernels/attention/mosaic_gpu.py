@@ -112,7 +112,6 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             plgpu.barrier_wait(k_ready.at[program.slot(0)])
 
         pl.when(program.wg == 1)(program.turn)
-        program.settle(program.some == 0)
 
         def step(n, carry, kind):
             whole = functools.partial(visit, n, kind, None)
@@ -131,7 +130,6 @@ def outputs(problem, blocks, q, k, v, scale, sink, leaves, lists):
             def meanwhile():
                 leaves = tile.load()
                 program.turn()
-                program.settle(n == 0)
                 return leaves
 
             products, leaves = product(q_held, keys.at[slot, columns].T, meanwhile)
@@ -210,7 +208,6 @@ def row_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, lists):
     def compute(program, extra, leaf_refs, pair_refs):
         lse, lost = (along_rows(program, ref, blocks.rows) for ref in extra[:2])
         scale = extra[2][0]
-        program.settle()
         (q_held, *dout_held), ((keys, *pairs), *values) = program.held, program.fetched
         (k_ready, *v_ready), (k_used, *v_used) = program.ready, program.used
 
@@ -284,7 +281,6 @@ def column_slopes(problem, blocks, q, k, v, dout, lse, lost, scale, leaves, list
 
     def compute(program, extra, leaf_refs, _):
         scale = extra[0][0]
-        program.settle()
         k_held, *v_held = program.held
         (queries, *numbers), *others = program.fetched
         pairs = [numbers.pop(0) for _ in problem.pairs]

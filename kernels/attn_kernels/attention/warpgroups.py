@@ -60,8 +60,6 @@ class Program:
       held: its blocks of rows, in shared memory.
       fetched, ready, used: the slots of the fetched blocks, and their barriers.
       passing: a barrier for two warpgroups that take turns, None for more.
-      settled: gives back the rows of the block before, whose results leave through them; None if
-        the program has one block.
     """
 
     wg: jax.Array
@@ -80,7 +78,6 @@ class Program:
     ready: Sequence
     used: Sequence
     passing: object
-    settled: Callable | None
 
     @property
     def some(self):
@@ -99,11 +96,6 @@ class Program:
     def turn(self):
         self.leave()
         self.enter()
-
-    def settle(self, when=True):
-        """Each kernel does this once, when there is time to wait."""
-        if self.settled is not None:
-            pl.when(when)(self.settled)
 
     def unless_empty(self, n, kind, visit, carry):
         """`visit(carry)`, but for a block in which the warpgroup has no pair."""
@@ -225,8 +217,7 @@ def run(
                 start = i * blocks.held + wg * rows
                 mine = [x.at[buffer(turn, wg)] for x in held_smem]
                 plgpu.barrier_wait(arrived.at[buffer(turn, wg)])
-
-                def settled():
+                if buffers > 1:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                     @pl.when((turn > 0) & more)
@@ -250,18 +241,10 @@ def run(
                     ready,
                     used,
                     passing if groups == 2 else None,
-                    settled if buffers > 1 else None,
                 )
                 found = compute(program, extra_refs, leaf_refs, direct_refs)
                 free = [*mine, *(x.at[wg] for x in spare_smem)]
-                numbers, copies = iter(range(vectors.shape[0])), []
-
-                def leave():
-                    plgpu.commit_smem()
-                    for copy in copies:
-                        plgpu.copy_smem_to_gmem(*copy)
-                    copies.clear()
-
+                numbers = iter(range(vectors.shape[0]))
                 for value, ref in zip(found, result_refs):
                     if value.ndim == 1:
                         smem, place = vectors.at[next(numbers), wg], (b, h, pl.ds(start, rows))
@@ -269,14 +252,13 @@ def run(
                         place = b, pl.ds(start, rows), h
                         at_hand = [n for n, x in enumerate(free) if x.shape == value.shape]
                         if not at_hand:  # what left before has to be out of it
-                            leave()
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                             free = [*mine, *(x.at[wg] for x in spare_smem)]
                             at_hand = [n for n, x in enumerate(free) if x.shape == value.shape]
                         smem = free.pop(at_hand[0])
                     smem[...] = value.astype(smem.dtype)
-                    copies.append((smem, ref.at[place]))
-                leave()
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(smem, ref.at[place])
                 return ends[-1]
 
             def beginning(at):
