@@ -75,6 +75,7 @@ def test_the_first_loss_is_that_of_a_guess_and_losses_fall(data_dir, tmp_path):
     assert row["losses"][-1] < row["losses"][0] - 1
 
 
+@pytest.mark.slow
 def test_steps_that_others_compile_are_those_of_this_process(data_dir, tmp_path):
     def losses(processes):
         config = tiny(data_dir, softmax("xla"), softmax("xla", length=8), processes=processes)
