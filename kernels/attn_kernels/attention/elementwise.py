@@ -188,7 +188,7 @@ def evaluate(
       reduce: sums pairs to a vector, where the function has a sum over columns.
       known: gives, of the function's jaxpr and constants, variables whose values are known.
       wanted: gives, of its jaxpr, what is returned in place of the results.
-      positions: which of the arguments are whole numbers below 2^24, that float32 has.
+      positions: which of the arguments are whole numbers up to 2^24, that float32 has.
     """
     given = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in zip(args, shapes)]
     closed = jax.make_jaxpr(function)(*given)
