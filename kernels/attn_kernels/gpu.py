@@ -28,9 +28,13 @@ def missing_triton() -> str | None:
     return None
 
 
+def hopper() -> bool:
+    """Whether kernels are to be fast on Hopper GPUs: here is one, or none at all."""
+    if jax.default_backend() != "gpu":
+        return True
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
 def available() -> bool:
     """Whether kernels may be chosen: on a Hopper GPU, where the compiler has nothing to split."""
-    if jax.default_backend() != "gpu" or not supported():
-        return False
-    hopper = getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
-    return hopper and of_one_device()
+    return jax.default_backend() == "gpu" and supported() and hopper() and of_one_device()

@@ -28,6 +28,12 @@ def test_error_budget(write, decay):
     check(inputs(write, decay, 140))
 
 
+@pytest.mark.parametrize("write, decay", [("additive", "channel"), ("delta", "head")])
+def test_programs_of_older_gpus(monkeypatch, write, decay):
+    monkeypatch.setattr(gpu, "hopper", lambda: False)
+    check(inputs(write, decay, 70))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("write", ["additive", "delta"])
 @pytest.mark.parametrize("length", [1, 64, 70])
@@ -60,7 +66,7 @@ def test_long_sequences_are_cut_into_parts(monkeypatch, write, decay):
     monkeypatch.setattr(parts, "SHORTEST", 64)
     monkeypatch.setattr(parts, "PROCESSORS", 4 * 2)
     arrays = {n: jnp.concatenate([x, x[:, ::-1]]) for n, x in inputs(write, decay, 256).items()}
-    assert parts.number(256, arrays["initial_state"]) == 4
+    assert parts.number(256, arrays["initial_state"], {}) == 4
     check(arrays)
 
 
@@ -147,6 +153,7 @@ def test_compiles_without_a_gpu(monkeypatch, capability, write, decay, dim, widt
     """By Triton's own compiler; registers, bytes of spills and of shared memory are printed."""
     from attn_kernels.recurrence.triton import delta, walk
 
+    monkeypatch.setattr(gpu, "hopper", lambda: capability == 90)
     found = triton_report.launches(monkeypatch, delta, walk)
     arrays = inputs(write, decay, 1024, dim, width)
     jax.eval_shape(functools.partial(everything, implementation="triton"), arrays)
@@ -156,6 +163,8 @@ def test_compiles_without_a_gpu(monkeypatch, capability, write, decay, dim, widt
         report = triton_report.report(kernel, *args, capability)
         print(f"sm_{capability}", kernel.fn.__name__, args[-2:], report)
         assert report["shared"] <= triton_report.SHARED[capability]
+        # Older GPUs have the operands of products in registers: those of 256 channels do not fit.
+        assert report["stack"] < 1024 or (capability, dim) == (80, 256)
 
 
 @pytest.mark.parametrize(

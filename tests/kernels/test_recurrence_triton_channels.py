@@ -140,7 +140,7 @@ def test_compiles_for_a_gpu(monkeypatch, kernel, dim, dtype, capability):
     constants = channels._constants(kernel, q, gates, 4, 0.1) | dict(k_heads=4)
     if kernel == "local":
         types["d_gates_ptr"] = "*fp32"
-        constants |= dict(v_heads=4, width=dim, columns=min(channels.COLUMNS, dim))
+        constants |= dict(v_heads=4, width=dim, columns=channels.columns(dim))
         constants |= dict(direct=dtype == jnp.bfloat16)
     warps, stages = constants.pop("warps"), constants.pop("stages")
     found = report(program, types, constants, warps, stages, capability)

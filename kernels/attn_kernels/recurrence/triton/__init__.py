@@ -69,14 +69,14 @@ def _prepared(scale, q, k, gates, beta, heads):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(scale, q, k, v, gates, beta, state):
     pair, scale, options = _prepared(scale, q, k, gates, beta, state.shape[1])
-    count = parts.number(q.shape[1], state)
+    count = parts.number(q.shape[1], state, options)
     out, last, *_ = parts.forward(count, *pair, v, state, scale, options, keep=False)
     return out, last
 
 
 def _run_fwd(scale, q, k, v, gates, beta, state):
     pair, scale, options = _prepared(scale, q, k, gates, beta, state.shape[1])
-    count = parts.number(q.shape[1], state)
+    count = parts.number(q.shape[1], state, options)
     out, last, *kept = parts.forward(count, *pair, v, state, scale, options, keep=True)
     return (out, last), (q, k, v, gates, beta, pair, options, *kept)
 
@@ -85,7 +85,7 @@ def _run_bwd(scale, saved, cotangents):
     q, k, v, gates, beta, pair, options, states, written, change = saved
     d_out, d_last = cotangents
     per_channel = "totals" in options
-    count = parts.number(q.shape[1], d_last)
+    count = parts.number(q.shape[1], d_last, options)
     walk_scale = 1.0 if per_channel else scale
     shared = beta is None and v.shape[2] < d_last.shape[1]
     found = parts.backward(count, *pair, d_out, d_last, walk_scale, options, change, shared)

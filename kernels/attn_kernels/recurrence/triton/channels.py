@@ -23,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG_MILD = tl.constexpr(-60.0)  # of a chunk's decay that is far from 0, as is its inverse
 MILD = tl.constexpr(math.exp(-60.0))
 
-COLUMNS = 64  # of values
+COLUMNS = 128, 64  # of values: up to so many at once, else so many at a time
 CHANNELS = {"prepare": 64, "local": 32}  # of a block
 WARPS = {"prepare": 4, "local": 4}
 STAGES = {"prepare": 2, "local": 2}
@@ -156,12 +156,20 @@ def _local(
     states_ptr += chunk * dim * width
     d_states_ptr += chunk * dim * width
 
+    at_once: tl.constexpr = width <= columns  # d_out and v are read once
+    d_out_at, v_at = d_out_ptr + t * (heads * width), v_ptr + t * (v_heads * width)
+    if at_once:
+        e = tl.arange(0, columns)
+        here = present[:, None] & (e < width)[None, :]
+        d_out = tl.load(d_out_at + e[None, :], mask=here, other=0.0)
+        v = tl.load(v_at + e[None, :], mask=here, other=0.0)
     pairs = tl.zeros([size, size], tl.float32)
     for start in range(0, width, columns):
-        e = start + tl.arange(0, columns)
-        inside = present[:, None] & (e < width)[None, :]
-        d_out = tl.load(d_out_ptr + (t * (heads * width) + e[None, :]), mask=inside, other=0.0)
-        v = tl.load(v_ptr + (t * (v_heads * width) + e[None, :]), mask=inside, other=0.0)
+        if not at_once:
+            e = start + tl.arange(0, columns)
+            here = present[:, None] & (e < width)[None, :]
+            d_out = tl.load(d_out_at + e[None, :], mask=here, other=0.0)
+            v = tl.load(v_at + e[None, :], mask=here, other=0.0)
         pairs = tl.dot(d_out, tl.trans(v), pairs, input_precision=precision)
     pairs = tl.where(u <= t, pairs, 0.0)
     own = tl.sum(tl.where(t == u, pairs, 0.0), 1)[:, None]
@@ -185,13 +193,14 @@ def _local(
         for first in range(0, width, columns):
             e = first + tl.arange(0, columns)
             in_e = (e < width)[None, :]
-            here = present[:, None] & in_e
-            d_out = tl.load(d_out_ptr + (t * (heads * width) + e[None, :]), mask=here, other=0.0)
-            v = tl.load(v_ptr + (t * (v_heads * width) + e[None, :]), mask=here, other=0.0)
+            if not at_once:
+                here = present[:, None] & in_e
+                d_out = tl.load(d_out_at + e[None, :], mask=here, other=0.0)
+                v = tl.load(v_at + e[None, :], mask=here, other=0.0)
             place = d[:, None] * width + e[None, :]
-            here = in_d[:, None] & in_e
-            state = tl.load(states_ptr + place, mask=here, other=0.0)
-            d_state = tl.load(d_states_ptr + place, mask=here, other=0.0)
+            there = in_d[:, None] & in_e
+            state = tl.load(states_ptr + place, mask=there, other=0.0)
+            d_state = tl.load(d_states_ptr + place, mask=there, other=0.0)
             dq = tl.dot(d_out, tl.trans(state), dq, input_precision=precision)
             dk = tl.dot(v, tl.trans(d_state), dk, input_precision=precision)
             inner += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
@@ -273,6 +282,11 @@ def _constants(kernel, q, log_decay, heads, scale):
     )
 
 
+def columns(width: int) -> int:
+    """Of values at a time."""
+    return padded(width) if width <= COLUMNS[0] else COLUMNS[1]
+
+
 def prepare_channels(q, k, log_decay, heads: int, scale: float):
     """What the walk over chunks reads.
 
@@ -333,7 +347,7 @@ def local_channels(
         k_heads=k.shape[2],
         v_heads=v.shape[2],
         width=width,
-        columns=min(COLUMNS, padded(width)),
+        columns=columns(width),
         direct=q.dtype != jnp.float16,  # which may be too narrow for `kept`
         **_constants("local", q, log_decay, heads, scale),
     )

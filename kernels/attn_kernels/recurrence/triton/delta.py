@@ -32,7 +32,9 @@ from attn_kernels.recurrence.triton.tiles import (
 
 # Channels of keys (and of values) at a time, warps, and blocks being loaded.
 PREPARE = (64, 4, 2)
-LOCAL = (64, 64, 4, 2)
+LOCAL = (32, 128, 4, 2)
+GATED = (32, 128, 4, 3)
+WIDE = (64, 64, 4, 2)  # of more channels of values than fit at once
 BASE = 8  # steps whose inverse is found row by row
 PRECISION = tl.constexpr("tf32")  # of the products of inverses
 
@@ -94,7 +96,8 @@ def local(q, k, v, beta, gates, weights, d_out, states, d_states, written, x, sc
     """
     batch, _, heads, dim, width = states.shape
     length = k.shape[1]
-    dims, widths, warps, stages = LOCAL
+    blocks = LOCAL if gates is None else GATED
+    dims, widths, warps, stages = blocks if width <= blocks[1] else WIDE
     steps = batch, length, heads
 
     def of(x, *shape):
@@ -253,6 +256,7 @@ def _local(
     GATED: tl.constexpr,
 ):
     N: tl.constexpr = (T + C - 1) // C
+    WHOLE: tl.constexpr = DV <= BV  # what has channels of values is read once
     dtype = k_ref.dtype.element_ty
     b = tl.cast(tl.program_id(0) // H, tl.int64)
     h = tl.program_id(0) % H
@@ -275,18 +279,25 @@ def _local(
         d_beta = tl.zeros([C], tl.float32)
         erased = tl.zeros([C, C], tl.float32)
 
+    if WHOLE:
+        do = tile(do_ref, row, H * DV, 0, T, DV, C, BV)
+        written = tile(written_ref, row, HU * DV, 0, T, DV, C, BV)
+        if DELTA:
+            x = tile(x_ref, row, H * DV, 0, T, DV, C, BV)
     read = tl.zeros([C, C], tl.float32)
     for col in range(0, DV, BV):
-        do = tile(do_ref, row, H * DV, col, T, DV, C, BV)
-        written = tile(written_ref, row, HU * DV, col, T, DV, C, BV)
+        if not WHOLE:
+            do = tile(do_ref, row, H * DV, col, T, DV, C, BV)
+            written = tile(written_ref, row, HU * DV, col, T, DV, C, BV)
         read = tl.dot(do, tl.trans(written), read)
         if DELTA:
-            x = tile(x_ref, row, H * DV, col, T, DV, C, BV)
+            if not WHOLE:
+                x = tile(x_ref, row, H * DV, col, T, DV, C, BV)
             erased = tl.dot(x, tl.trans(written), erased)
-            x = x.to(tl.float32)
             v = tile(v_ref, row, HV * DV, col, T, DV, C, BV)
-            d_beta += tl.sum(x * v.to(tl.float32), 1)
-            put(dv_ref, x * beta[:, None], row, H * DV, col, T, DV, C, BV)
+            d_beta += tl.sum(x.to(tl.float32) * v.to(tl.float32), 1)
+            dv = x.to(tl.float32) * beta[:, None]
+            put(dv_ref, dv, row, H * DV, col, T, DV, C, BV)
 
     if GATED:
         sums = sums_of_gates(at_head(gates_ref, b, h, T, H, HG, 1), row, HG, T, C)
@@ -294,7 +305,7 @@ def _local(
         carried = tl.exp(sums)
         kept = tl.exp(total - sums)
         by_state = tl.zeros([C], tl.float32)
-        inner = 0.0
+        inner = tl.zeros([BD], tl.float32)
         if DELTA:
             weights = at_head(weights_ref, b, h, T, H, HA, C)
             products = read * tile(weights, row, HA * C, 0, T, C, C, C).to(tl.float32)
@@ -335,17 +346,19 @@ def _local(
         dk = tl.zeros([C, BD], tl.float32)
         y = tl.zeros([C, BD], tl.float32)
         for col in range(0, DV, BV):
-            do = tile(do_ref, row, H * DV, col, T, DV, C, BV)
-            written = tile(written_ref, row, HU * DV, col, T, DV, C, BV)
+            if not WHOLE:
+                do = tile(do_ref, row, H * DV, col, T, DV, C, BV)
+                written = tile(written_ref, row, HU * DV, col, T, DV, C, BV)
             state = tile(states_ref, i, DV, col, D, DV, BD, BV)
             d_state = tile(d_states_ref, i, DV, col, D, DV, BD, BV)
             dq = tl.dot(do, tl.trans(state), dq)
             dk = tl.dot(written, tl.trans(d_state), dk)
             if DELTA:
-                x = tile(x_ref, row, H * DV, col, T, DV, C, BV)
+                if not WHOLE:
+                    x = tile(x_ref, row, H * DV, col, T, DV, C, BV)
                 y = tl.dot(x, tl.trans(state), y)
             if GATED:
-                inner += tl.sum(state.to(tl.float32) * d_state.to(tl.float32))
+                inner += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
         q = tile(q_ref, row, HQ * D, i, T, D, C, BD)
         k = tile(k_ref, row, HK * D, i, T, D, C, BD)
         dq *= SCALE
@@ -372,7 +385,7 @@ def _local(
         put_vector(at_head(dbeta_ref, b, h, T, H, H, 1), d_beta, row, H, T, C)
     if GATED:
         found = tl.sum(tl.where(t[:, None] >= t[None, :], by_step[:, None], by_state[:, None]), 0)
-        found += inner * tl.exp(total)
+        found += tl.sum(inner, 0) * tl.exp(total)
         gates = vector(at_head(gates_ref, b, h, T, H, HG, 1), row, HG, T, C)
         found = tl.where(gates > FORGOTTEN, found, 0.0)
         put_vector(at_head(dgates_ref, b, h, T, H, H, 1), found, row, H, T, C)

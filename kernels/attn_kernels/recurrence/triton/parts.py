@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from attn_kernels import gpu
 from attn_kernels.recurrence.decay import FORGOTTEN, matmul
 from attn_kernels.recurrence.triton import walk
-from attn_kernels.recurrence.triton.tiles import padded
 from attn_kernels.varying import varying
 
 PROCESSORS = gpu.MULTIPROCESSORS  # of a device
@@ -22,10 +21,10 @@ WARPS = 8  # that a processor has registers for
 SHORTEST = 1024  # steps of a part
 
 
-def number(length: int, state) -> int:
-    """Into how many parts sequences are cut."""
+def number(length: int, state, options) -> int:
+    """Into how many parts sequences are cut; `options` are those of `walk`."""
     batch, heads, dim, width = state.shape
-    block, warps, *_ = walk.BLOCKS[padded(dim)]
+    block, warps, *_ = walk.blocks(dim, options.get("gates"))
     return dividing(length, batch * heads * -(-width // block), warps)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from attn_kernels import gpu
 from attn_kernels.recurrence.triton.call import launch
 from attn_kernels.recurrence.triton.tiles import (
     SIZE,
@@ -32,18 +33,33 @@ from attn_kernels.recurrence.triton.tiles import (
 )
 
 # Of a program, by the channels of keys: channels of values, warps, and chunks being loaded, in
-# `walk` and in `walk_back`.
-BLOCKS = {
-    16: (64, 4, 2, 2),
-    32: (64, 4, 2, 2),
-    64: (64, 4, 2, 2),
-    128: (64, 4, 2, 2),
+# `walk` and in `walk_back`; of Hopper GPUs, and of older ones.
+HOPPER = {
+    16: (64, 4, 3, 3),
+    32: (64, 4, 3, 3),
+    64: (64, 4, 3, 3),
+    128: (128, 8, 3, 3),
     256: (64, 4, 1, 2),
     512: (16, 8, 1, 1),
 }
-# Up to so many channels of keys, states are transposed: products then take them from registers,
-# where a program of few warps has no place for more.
+OLDER = {
+    16: (64, 4, 2, 2),
+    32: (64, 4, 2, 2),
+    64: (64, 4, 2, 2),
+    128: (64, 8, 2, 2),
+    256: (32, 8, 2, 2),
+    512: (16, 8, 1, 1),
+}
+GATED = HOPPER | {128: (64, 4, 2, 2)}  # a gate a head takes registers
+# Up to so many channels of keys, Hopper GPUs have states transposed: their products take them from
+# registers, where a program of few warps has no place for more.
 FLIPPED = 256
+
+
+def blocks(dim: int, gates) -> tuple[int, int, int, int]:
+    """What a program has, as in the tables; `gates` is None without a gate a head."""
+    table = OLDER if not gpu.hopper() else HOPPER if gates is None else GATED
+    return table[padded(dim)]
 
 
 def walk(
@@ -86,7 +102,7 @@ def walk(
     batch, heads, dim, width = state.shape
     length = k.shape[1]
     count = -(-length // SIZE)
-    block, warps, stages, _ = BLOCKS[padded(dim)]
+    block, warps, stages, _ = blocks(dim, gates)
     block = min(block, padded(width))
     steps = jax.ShapeDtypeStruct((batch, length, heads, width), k.dtype)
     states = jax.ShapeDtypeStruct((batch, count, heads, dim, width), k.dtype)
@@ -144,7 +160,7 @@ def walk_back(
     batch, heads, dim, width = d_last.shape
     length = k.shape[1]
     count = -(-length // SIZE)
-    block, warps, _, stages = BLOCKS[padded(dim)]
+    block, warps, _, stages = blocks(dim, gates)
     block = min(block, padded(width))
     dtype = jnp.float32 if shared else k.dtype
     steps = jax.ShapeDtypeStruct((batch, length, heads, width), dtype)
@@ -185,7 +201,7 @@ def _constants(sizes, arrays, scale):
         GATED=arrays["G"] is not None,
         WEIGHTED=arrays["A"] is not None,
         PER_CHANNEL=arrays["E"] is not None,
-        FLIP=padded(dim) <= FLIPPED,
+        FLIP=gpu.hopper() and padded(dim) <= FLIPPED,
     )
 
 
