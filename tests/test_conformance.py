@@ -190,22 +190,23 @@ def test_transformations(row):
     sizes = row.fit(Sizes(B=2, T=8, S=8))
     arrays = example(row, sizes)
     batched = {n for n, (_, axes) in row.arguments.items() if axes[0] == "B"}
-    want = jax.jit(row.call)(arrays)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
     axes = {n: 0 if n in batched else None for n in arrays}
 
     def one(arrays):
         return row.call({n: x[None] if n in batched else x for n, x in arrays.items()})[0]
 
-    def loss(call, arrays):
-        return jnp.sum(jnp.sin(call(arrays)))
+    def out_and_slopes(call):
+        def loss(arrays):
+            out = call(arrays)
+            return jnp.sum(jnp.sin(out)), out
 
-    stacked = jax.jit(jax.vmap(one, (axes,)))
-    close(stacked(arrays), want)
-    plain = jax.jit(jax.grad(functools.partial(loss, row.call)))(arrays)
-    for other in (stacked, jax.checkpoint(row.call)):
-        slopes = jax.jit(jax.grad(functools.partial(loss, other)))(arrays)
-        jax.tree.map(close, slopes, plain)
+        slopes, out = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+        return out, slopes
+
+    want = out_and_slopes(row.call)
+    for other in (jax.vmap(one, (axes,)), jax.checkpoint(row.call)):
+        jax.tree.map(close, out_and_slopes(other), want)
 
 
 def check_sharded():

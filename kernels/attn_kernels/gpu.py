@@ -29,7 +29,7 @@ def missing_triton() -> str | None:
 
 
 def hopper() -> bool:
-    """Whether kernels are to be fast on Hopper GPUs: here is one, or none at all."""
+    """Whether kernels are for a Hopper GPU, as they are where there is none at all."""
     if jax.default_backend() != "gpu":
         return True
     return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"

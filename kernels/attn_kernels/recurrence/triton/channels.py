@@ -41,6 +41,13 @@ def _wide(ptrs, inside):
 
 
 @triton.jit
+def _rows(ptrs, e, present, width: tl.constexpr):
+    """Steps that are present, and their columns e, of which there are `width` in all."""
+    inside = present[:, None] & (e < width)[None, :]
+    return tl.load(ptrs + e[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def _parts(x, coarse: tl.constexpr, part: tl.constexpr):
     """Two numbers that products can have, whose sum is x; one where x is coarse."""
     high = x.to(part)
@@ -160,16 +167,14 @@ def _local(
     d_out_at, v_at = d_out_ptr + t * (heads * width), v_ptr + t * (v_heads * width)
     if at_once:
         e = tl.arange(0, columns)
-        here = present[:, None] & (e < width)[None, :]
-        d_out = tl.load(d_out_at + e[None, :], mask=here, other=0.0)
-        v = tl.load(v_at + e[None, :], mask=here, other=0.0)
+        d_out = _rows(d_out_at, e, present, width)
+        v = _rows(v_at, e, present, width)
     pairs = tl.zeros([size, size], tl.float32)
     for start in range(0, width, columns):
         if not at_once:
             e = start + tl.arange(0, columns)
-            here = present[:, None] & (e < width)[None, :]
-            d_out = tl.load(d_out_at + e[None, :], mask=here, other=0.0)
-            v = tl.load(v_at + e[None, :], mask=here, other=0.0)
+            d_out = _rows(d_out_at, e, present, width)
+            v = _rows(v_at, e, present, width)
         pairs = tl.dot(d_out, tl.trans(v), pairs, input_precision=precision)
     pairs = tl.where(u <= t, pairs, 0.0)
     own = tl.sum(tl.where(t == u, pairs, 0.0), 1)[:, None]
@@ -192,15 +197,11 @@ def _local(
         inner = tl.zeros([channels], tl.float32)
         for first in range(0, width, columns):
             e = first + tl.arange(0, columns)
-            in_e = (e < width)[None, :]
             if not at_once:
-                here = present[:, None] & in_e
-                d_out = tl.load(d_out_at + e[None, :], mask=here, other=0.0)
-                v = tl.load(v_at + e[None, :], mask=here, other=0.0)
-            place = d[:, None] * width + e[None, :]
-            there = in_d[:, None] & in_e
-            state = tl.load(states_ptr + place, mask=there, other=0.0)
-            d_state = tl.load(d_states_ptr + place, mask=there, other=0.0)
+                d_out = _rows(d_out_at, e, present, width)
+                v = _rows(v_at, e, present, width)
+            state = _rows(states_ptr + d[:, None] * width, e, in_d, width)
+            d_state = _rows(d_states_ptr + d[:, None] * width, e, in_d, width)
             dq = tl.dot(d_out, tl.trans(state), dq, input_precision=precision)
             dk = tl.dot(v, tl.trans(d_state), dk, input_precision=precision)
             inner += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)

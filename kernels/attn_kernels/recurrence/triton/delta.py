@@ -33,8 +33,8 @@ from attn_kernels.recurrence.triton.tiles import (
 # Channels of keys (and of values) at a time, warps, and blocks being loaded.
 PREPARE = (64, 4, 2)
 LOCAL = (32, 128, 4, 2)
-GATED = (32, 128, 4, 3)
-WIDE = (64, 64, 4, 2)  # of more channels of values than fit at once
+LOCAL_GATED = (32, 128, 4, 3)
+LOCAL_WIDE = (64, 64, 4, 2)  # of more channels of values than these have
 BASE = 8  # steps whose inverse is found row by row
 PRECISION = tl.constexpr("tf32")  # of the products of inverses
 
@@ -96,8 +96,8 @@ def local(q, k, v, beta, gates, weights, d_out, states, d_states, written, x, sc
     """
     batch, _, heads, dim, width = states.shape
     length = k.shape[1]
-    blocks = LOCAL if gates is None else GATED
-    dims, widths, warps, stages = blocks if width <= blocks[1] else WIDE
+    blocks = LOCAL if gates is None else LOCAL_GATED
+    dims, widths, warps, stages = blocks if width <= blocks[1] else LOCAL_WIDE
     steps = batch, length, heads
 
     def of(x, *shape):

@@ -50,7 +50,7 @@ OLDER = {
     256: (32, 8, 2, 2),
     512: (16, 8, 1, 1),
 }
-GATED = HOPPER | {128: (64, 4, 2, 2)}  # a gate a head takes registers
+HOPPER_GATED = HOPPER | {128: (64, 4, 2, 2)}  # a gate a head takes registers
 # Up to so many channels of keys, Hopper GPUs have states transposed: their products take them from
 # registers, where a program of few warps has no place for more.
 FLIPPED = 256
@@ -58,8 +58,8 @@ FLIPPED = 256
 
 def blocks(dim: int, gates) -> tuple[int, int, int, int]:
     """What a program has, as in the tables; `gates` is None without a gate a head."""
-    table = OLDER if not gpu.hopper() else HOPPER if gates is None else GATED
-    return table[padded(dim)]
+    newer = HOPPER if gates is None else HOPPER_GATED
+    return (newer if gpu.hopper() else OLDER)[padded(dim)]
 
 
 def walk(
