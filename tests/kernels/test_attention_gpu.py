@@ -205,6 +205,7 @@ def test_programs_of_many_blocks_of_rows_compile_for_an_h100(monkeypatch):
 
 
 @needs_new_jax
+@pytest.mark.slow
 def test_all_primitives_compile_for_an_h100(monkeypatch):
     """What the kernel is said to have, and what others are rewritten in."""
 
