@@ -29,7 +29,7 @@ def test_error_budget(write, decay):
 
 
 @pytest.mark.parametrize("write, decay", [("additive", "channel"), ("delta", "head")])
-def test_programs_of_older_gpus(monkeypatch, write, decay):
+def test_programs_of_other_gpus(monkeypatch, write, decay):
     monkeypatch.setattr(gpu, "hopper", lambda: False)
     check(inputs(write, decay, 70))
 
@@ -163,7 +163,7 @@ def test_compiles_without_a_gpu(monkeypatch, capability, write, decay, dim, widt
         report = triton_report.report(kernel, *args, capability)
         print(f"sm_{capability}", kernel.fn.__name__, args[-2:], report)
         assert report["shared"] <= triton_report.SHARED[capability]
-        # Older GPUs have the operands of products in registers: those of 256 channels do not fit.
+        # An A100 has the operands of products in registers: those of 256 channels do not fit.
         assert report["stack"] < 1024 or (capability, dim) == (80, 256)
 
 

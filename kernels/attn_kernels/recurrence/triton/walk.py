@@ -32,25 +32,11 @@ from attn_kernels.recurrence.triton.tiles import (
     vector,
 )
 
-# Of a program, by the channels of keys: channels of values, warps, and chunks being loaded, in
-# `walk` and in `walk_back`; of Hopper GPUs, and of older ones.
-HOPPER = {
-    16: (64, 4, 3, 3),
-    32: (64, 4, 3, 3),
-    64: (64, 4, 3, 3),
-    128: (128, 8, 3, 3),
-    256: (64, 4, 1, 2),
-    512: (16, 8, 1, 1),
-}
-OLDER = {
-    16: (64, 4, 2, 2),
-    32: (64, 4, 2, 2),
-    64: (64, 4, 2, 2),
-    128: (64, 8, 2, 2),
-    256: (32, 8, 2, 2),
-    512: (16, 8, 1, 1),
-}
+# Of a program, by how many channels keys have at most: channels of values, warps, and chunks being
+# loaded, in `walk` and in `walk_back`.
+HOPPER = {64: (64, 4, 3, 3), 128: (128, 8, 3, 3), 256: (64, 4, 1, 2), 512: (16, 8, 1, 1)}
 HOPPER_GATED = HOPPER | {128: (64, 4, 2, 2)}  # a gate a head takes registers
+OTHERS = {64: (64, 4, 2, 2), 128: (64, 8, 2, 2), 256: (32, 8, 2, 2), 512: (16, 8, 1, 1)}
 # Up to so many channels of keys, Hopper GPUs have states transposed: their products take them from
 # registers, where a program of few warps has no place for more.
 FLIPPED = 256
@@ -58,8 +44,8 @@ FLIPPED = 256
 
 def blocks(dim: int, gates) -> tuple[int, int, int, int]:
     """What a program has, as in the tables; `gates` is None without a gate a head."""
-    newer = HOPPER if gates is None else HOPPER_GATED
-    return (newer if gpu.hopper() else OLDER)[padded(dim)]
+    hopper = HOPPER if gates is None else HOPPER_GATED
+    return (hopper if gpu.hopper() else OTHERS)[max(64, padded(dim))]
 
 
 def walk(
